@@ -1,0 +1,82 @@
+"""Settings of fine-tuning."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from llmrec.errors import SettingsError
+
+SCOPES = ("vocabulary", "codes", "trie")
+
+
+@dataclass
+class RecFinetuneConfig(TrainingArguments):
+    """`transformers.TrainingArguments`, with what the ranking-guided loss and the code rows add.
+
+    Where a default differs from TrainingArguments' own: `use_cpu` is true where there is no CUDA device, which is right
+    for one process, DDP and DeepSpeed alike; samples of like length share a batch; logging goes to no tracker unless
+    one is named; the predictions of an evaluation are never gathered, only their losses.
+    """
+
+    output_dir: str = field(default="runs/default", metadata={"help": "Folder of checkpoints and of the result."})
+    ranking_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "LETTER's tau: logits are divided by it in training. 1 is cross-entropy, as in LETTER's scripts."
+        },
+    )
+    loss_scope: str = field(
+        default="vocabulary",
+        metadata={
+            "help": "What the loss is normalised over: the whole 'vocabulary' (LETTER), the 'codes' of the level, or"
+            " the codes valid in the 'trie' of items. Decoding uses the same.",
+            "choices": list(SCOPES),
+        },
+    )
+    code_learning_rate_factor: float = field(
+        default=1.0,
+        metadata={"help": "The rows of the code tokens learn with learning_rate times this factor."},
+    )
+    code_init_scale: float = field(
+        default=1.0,
+        metadata={"help": "New rows start at the mean of the base rows plus noise of their deviation times this."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of training samples. 'group_by_length' wastes least on padding.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
+    )
+    use_cpu: bool = field(
+        default_factory=lambda: not torch.cuda.is_available(),
+        metadata={"help": "Train on the CPU. True where there is no CUDA device."},
+    )
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gathers losses, never logits."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Samples hold no columns to remove."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers: tensorboard, wandb, trackio, ... or none."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks settings and their combinations before anything is loaded."""
+        if self.ranking_temperature <= 0:
+            raise SettingsError(f"ranking_temperature is {self.ranking_temperature}; logits are divided by it, so > 0")
+        if self.loss_scope not in SCOPES:
+            raise SettingsError(f"loss_scope is {self.loss_scope!r}; choose one of {SCOPES}")
+        if self.code_learning_rate_factor <= 0:
+            raise SettingsError(f"code_learning_rate_factor is {self.code_learning_rate_factor}; it must be above 0")
+        if self.code_init_scale < 0:
+            raise SettingsError(f"code_init_scale is {self.code_init_scale}; it must not be negative")
+        super().__post_init__()
+        if self.label_smoothing_factor:
+            raise SettingsError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but the ranking-guided loss replaces the"
+                " Trainer's own, which is the one that smooths; set it to 0"
+            )
+        if not self.average_tokens_across_devices:
+            raise SettingsError(
+                "average_tokens_across_devices is false: several processes would weigh their targets differently from"
+                " one process with the same batch; leave it true"
+            )
