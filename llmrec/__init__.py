@@ -1,7 +1,7 @@
 """llmrec turns an LLM into a generative recommender.
 
-A learned item tokenizer gives every item a tuple of codes, the codes become tokens of the LLM, the LLM is fine-tuned to
-write the codes of the next item, and generation is held to codes of real items.
+A learned item tokenizer gives every item a tuple of codes, the codes become tokens of the LLM, the LLM is fine-tuned
+to write the codes of the next item, and generation is held to codes of real items.
 
 Names are loaded when they are first used, so `import llmrec` costs nothing by itself.
 """

@@ -56,8 +56,12 @@ def add_lora(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     # PEFT reads the base's config from the Hub, by this name, to compare vocabulary sizes; the rows make them differ.
     peft_model = get_peft_model(model, config, adapter_name=_ADAPTER_NAME)
     for name, module in model.named_modules():
-        if isinstance(module, CodeRows) and any("lora_" in parameter for parameter, _ in module.named_parameters()):
-            raise SettingsError(f"LoRA on {name} is not supported: it holds the rows of the code tokens, trained whole")
+        if isinstance(module, CodeRows) and any(
+            "lora_" in own for own, _ in cast(nn.Module, module).named_parameters()
+        ):
+            raise SettingsError(
+                f"LoRA on {name} is not supported: it holds the rows of the code tokens, trained whole"
+            )
     for parameter in code_row_parameters(peft_model):
         parameter.requires_grad_(True)
     return cast("PeftModel", peft_model)
@@ -113,9 +117,7 @@ def _row_keys(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def load_adapter(
-    model: PreTrainedModel, folder: str | os.PathLike[str], *, is_trainable: bool = False
-) -> "PeftModel":
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> "PeftModel":
     """Puts a saved adapter on its base model, which needs neither resizing nor code rows beforehand.
 
     Args:

@@ -80,7 +80,9 @@ def _resolve_folder(folder: Path) -> PretrainedSource:
         return PretrainedSource(str(folder))
     gguf_files = sorted(folder.glob("*.gguf"))
     if len(gguf_files) > 1:
-        raise SettingsError(f"{folder} holds {len(gguf_files)} GGUF files: keep the one to load in a folder of its own")
+        raise SettingsError(
+            f"{folder} holds {len(gguf_files)} GGUF files: keep the one to load in a folder of its own"
+        )
     if gguf_files:
         return PretrainedSource(str(folder), gguf_file=gguf_files[0].name)
     return PretrainedSource(str(folder))
@@ -104,7 +106,7 @@ def load_base_model(name: str, *, revision: str | None = None, token: str | None
     source = resolve_pretrained(name)
     if source.is_hub_id:
         arguments = {"revision": revision, "token": token, **arguments}
-    model = AutoModelForCausalLM.from_pretrained(source.path, **source.load_arguments, **arguments)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.path, **source.load_arguments, **arguments)
     if source.gguf_file:
         # The weights are dequantised, but the model still says it is quantised, and save_pretrained would fail.
         if hasattr(model.config, "quantization_config"):

@@ -202,7 +202,9 @@ def has_code_rows(model: nn.Module) -> bool:
     return any(isinstance(module, CodeHead) for module in model.modules())
 
 
-def add_code_rows(model: PreTrainedModel, vocabulary: CodeVocabulary, *, init_scale: float = 1.0, seed: int = 0) -> None:
+def add_code_rows(
+    model: PreTrainedModel, vocabulary: CodeVocabulary, *, init_scale: float = 1.0, seed: int = 0
+) -> None:
     """Gives a causal language model rows for the code tokens. The model changes in place.
 
     Each row is drawn from a normal distribution with the mean and the standard deviation of the base rows, taken for
@@ -231,7 +233,7 @@ def add_code_rows(model: PreTrainedModel, vocabulary: CodeVocabulary, *, init_sc
     _swap_class(head, CodeHead, vocabulary)
     cast(CodeHead, head).positions, cast(CodeHead, head).codes_only = None, False
     if tied:
-        head.register_parameter("new_rows", embedding.new_rows)
+        head.register_parameter("new_rows", cast(CodeEmbedding, embedding).new_rows)
         names = {module: name for name, module in model.named_modules()}
         keys = {f"{names[head]}.new_rows": f"{names[embedding]}.new_rows"}
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **keys}
@@ -263,7 +265,7 @@ _EMBEDDING_CLASSES = {"Embedding", "GemmaTextScaledWordEmbedding", "Gemma2TextSc
 def _swap_class(module: nn.Module, mixin: type[CodeRows], vocabulary: CodeVocabulary) -> None:
     base = type(module)
     module.__class__ = mixin if base in mixin.__mro__ else type(f"Code{base.__name__}", (mixin, base), {})
-    module.first_token_id = vocabulary.first_token_id
+    cast(CodeRows, module).first_token_id = vocabulary.first_token_id
 
 
 def _initial_rows(
@@ -278,7 +280,7 @@ def _initial_rows(
 
 def output_width(model: PreTrainedModel) -> int:
     """V: the number of logits of a model with code rows, max(base rows, first code ID + n)."""
-    embedding = model.get_input_embeddings()
+    embedding = cast(CodeEmbedding, model.get_input_embeddings())
     return max(embedding.weight.shape[0], embedding.first_token_id + embedding.new_rows.shape[0])
 
 

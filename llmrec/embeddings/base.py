@@ -50,6 +50,9 @@ class ItemEmbeddings:
                 f" (row {row}); repair or leave out these items"
             )
 
+    def __repr__(self) -> str:
+        return f"ItemEmbeddings({len(self)} items, width {self.width}, source {dict(self.source)})"
+
     def __len__(self) -> int:
         return len(self.item_ids)
 
@@ -62,7 +65,7 @@ class ItemEmbeddings:
     def fingerprint(self) -> str:
         """SHA-256 over IDs and values: equal for equal embeddings, used as a cache key."""
         digest = hashlib.sha256(json.dumps(self.item_ids).encode())
-        digest.update(np.int64(self.vectors.shape).tobytes())
+        digest.update(np.asarray(self.vectors.shape, dtype=np.int64).tobytes())
         digest.update(self.vectors.tobytes())
         return digest.hexdigest()
 
@@ -88,7 +91,9 @@ class ItemEmbeddings:
             SettingsError: `width` is below 1 or above the present width.
         """
         if not 1 <= width <= self.width:
-            raise SettingsError(f"can't reduce embeddings of width {self.width} to width {width}: choose 1 to {self.width}")
+            raise SettingsError(
+                f"can't reduce embeddings of width {self.width} to width {width}: choose 1 to {self.width}"
+            )
         left, singular, right = np.linalg.svd(self.vectors.astype(np.float64), full_matrices=False)
         kept = min(width, len(singular))
         largest = np.abs(right[:kept]).argmax(axis=1)

@@ -116,7 +116,7 @@ def _adds_start_token(text_tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(ids) and ids[0] == text_tokenizer.bos_token_id
 
 
-class NextItemSamples(Dataset):  # type: ignore[type-arg]
+class NextItemSamples(Dataset):
     """The training samples of a task, made when they are read.
 
     Args:
@@ -185,8 +185,8 @@ def training_samples(task: NextItemTask, train: InteractionDataset, *, form: str
         raise SettingsError(f"sample form {form!r} is not one of {FORMS}")
     if form == "history" and task.text_after_history:
         raise SettingsError(
-            f"the template {task.template!r} has text after {{history}}, so a target inside a sequence would be learned"
-            " without it and predicted with it; end the template with {history} or use the form 'prefix'"
+            f"the template {task.template!r} has text after {{history}}, so a target inside a sequence would be"
+            " learned without it and predicted with it; end the template with {history} or use the form 'prefix'"
         )
     lengths = np.diff(train.offsets)
     if not (lengths >= 2).any():

@@ -14,9 +14,9 @@ SCOPES = ("vocabulary", "codes", "trie")
 class RecFinetuneConfig(TrainingArguments):
     """`transformers.TrainingArguments`, with what the ranking-guided loss and the code rows add.
 
-    Where a default differs from TrainingArguments' own: `use_cpu` is true where there is no CUDA device, which is right
-    for one process, DDP and DeepSpeed alike; samples of like length share a batch; logging goes to no tracker unless
-    one is named; the predictions of an evaluation are never gathered, only their losses.
+    Where a default differs from TrainingArguments' own: `use_cpu` is true where there is no CUDA device, which is
+    right for one process, DDP and DeepSpeed alike; samples of like length share a batch; logging goes to no tracker
+    unless one is named; the predictions of an evaluation are never gathered, only their losses.
     """
 
     output_dir: str = field(default="runs/default", metadata={"help": "Folder of checkpoints and of the result."})
@@ -54,8 +54,8 @@ class RecFinetuneConfig(TrainingArguments):
         metadata={"help": "Train on the CPU. True where there is no CUDA device."},
     )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gathers losses, never logits."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Samples hold no columns to remove."})
-    report_to: None | str | list[str] = field(
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Samples hold no columns to remove."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (transformers reads the order of this union)
         default="none", metadata={"help": "Trackers: tensorboard, wandb, trackio, ... or none."}
     )
 

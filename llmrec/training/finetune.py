@@ -24,10 +24,11 @@ from llmrec.embeddings.collaborative import SASRec
 from llmrec.errors import SettingsError
 from llmrec.evaluation.baselines import PopularityRecommender
 from llmrec.evaluation.evaluator import EvaluationResult, evaluate
+from llmrec.evaluation.report import save_results
 from llmrec.files import read_json, write_json
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.base import ItemTokenizer
-from llmrec.item_tokenizers.fitting import FitSettings, fit_item_tokenizer, make_embeddings
+from llmrec.item_tokenizers.fitting import SASREC_FOLDER, FitSettings, fit_item_tokenizer, make_embeddings
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.pretrained import load_base_model, load_text_tokenizer
 from llmrec.recommender import Recommender
@@ -39,7 +40,6 @@ from llmrec.training.trainer import RankingTrainer
 from llmrec.vocabulary import CodeVocabulary, add_code_rows
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class FinetuneArguments:
     dataset: str = field(
         default="synthetic",
         metadata={
-            "help": "'synthetic', a .csv, .tsv, .jsonl or .parquet file, a folder in the LETTER layout, a data set that"
-            " `llmrec data` saved, or 'hub:<name>'."
+            "help": "'synthetic', a .csv, .tsv, .jsonl or .parquet file, a folder in the LETTER layout, a data set"
+            " that `llmrec data` saved, or 'hub:<name>'."
         },
     )
     items: str | None = field(default=None, metadata={"help": "File of the items, where `dataset` is a file."})
@@ -68,8 +68,8 @@ class FinetuneArguments:
     item_tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "A settings file of tokenizers/ (fitted here), a folder that tokenizers/fit.py wrote, or a published"
-            " X.index.json with the codes of the items."
+            "help": "A settings file of tokenizers/ (fitted here), a folder that tokenizers/fit.py wrote, or a"
+            " published X.index.json with the codes of the items."
         },
     )
     template: str = field(
@@ -90,7 +90,11 @@ class FinetuneArguments:
         default=None, metadata={"help": "Report on a random part of so many examples; all by default."}
     )
     sasrec: str | None = field(
-        default=None, metadata={"help": "Folder of a saved SASRec, trained on the same training part, to compare with."}
+        default=None,
+        metadata={
+            "help": "Folder of a saved SASRec to compare with. By default the one that the item tokenizer's settings"
+            " had trained, if they had."
+        },
     )
     num_printed: int = field(default=5, metadata={"help": "Recommendations printed at the end, for one user."})
     merge: bool = field(
@@ -162,7 +166,8 @@ def prepare_item_codes(arguments: FinetuneArguments, dataset: InteractionDataset
     """
     source = Path(str(arguments.item_tokenizer))
     if source.name.endswith(".json"):
-        codes = SemanticIds.from_index_json(source, dataset.item_ids)
+        keys = dataset.items["item_key"][:] if "item_key" in dataset.items.column_names else None
+        codes = SemanticIds.from_index_json(source, dataset.item_ids, item_keys=keys)
         return ItemCodes(codes.make_unique(), None, source.name)
     if source.is_dir():
         return _load_item_codes(source, dataset)
@@ -277,21 +282,23 @@ def train(
 
 
 def evaluate_all(
-    recommender: Recommender, splits: DatasetSplits, arguments: FinetuneArguments, *, accelerator: Any = None
+    recommender: Recommender,
+    splits: DatasetSplits,
+    arguments: FinetuneArguments,
+    *,
+    sasrec: str | Path | None = None,
+    accelerator: Any = None,
 ) -> list[EvaluationResult]:
     """The recommender and its baselines on the same examples, seen items kept and left out."""
     examples = splits.examples(arguments.evaluation_split)
     if arguments.evaluation_examples is not None:
         examples = examples.sample(arguments.evaluation_examples)
     recommenders: dict[str, Any] = {"popularity": PopularityRecommender(splits.train)}
-    if arguments.sasrec is not None:
-        sasrec = SASRec.from_pretrained(arguments.sasrec)
-        recommenders["SASRec"] = sasrec
+    if sasrec is not None:
+        recommenders["SASRec"] = SASRec.from_pretrained(sasrec)
     recommenders["llmrec"] = recommender
     return [
-        evaluate(
-            model, splits.dataset, examples, exclude_seen=exclude_seen, name=name, accelerator=accelerator
-        )
+        evaluate(model, splits.dataset, examples, exclude_seen=exclude_seen, name=name, accelerator=accelerator)
         for name, model in recommenders.items()
         for exclude_seen in (False, True)
     ]
@@ -340,18 +347,18 @@ def finetune(
     recommender = Recommender(
         trained, text_tokenizer, codes.semantic_ids, vocabulary, splits.dataset.items, task, config, codes.tokenizer
     )
-    results = evaluate_all(recommender, splits, arguments, accelerator=trainer.accelerator)
+    trained_sasrec = output_folder / ITEM_TOKENIZER_STAGE / SASREC_FOLDER
+    sasrec = arguments.sasrec or (trained_sasrec if trained_sasrec.is_dir() else None)
+    results = evaluate_all(recommender, splits, arguments, sasrec=sasrec, accelerator=trainer.accelerator)
     recommender.config = dataclasses.replace(config, metrics=[_metrics_row(result, training) for result in results])
     if state.is_main_process:
-        write_json(output_folder / RESULTS_FILE, [result.to_json() for result in results])
+        save_results(output_folder / RESULTS_FILE, results)
         (recommender.merge() if arguments.merge else recommender).save_pretrained(output_folder / RECOMMENDER_FOLDER)
     state.wait_for_everyone()
     return recommender, splits, results
 
 
-def _tiny_model(
-    arguments: ModelArguments, splits: DatasetSplits, output_folder: Path, seed: int
-) -> ModelArguments:
+def _tiny_model(arguments: ModelArguments, splits: DatasetSplits, output_folder: Path, seed: int) -> ModelArguments:
     folder = output_folder / "base_model"
     if not (folder / "config.json").is_file():
         build_tiny_llama(splits.dataset.titles, folder, seed=seed)
@@ -430,7 +437,7 @@ def parse(command_line: list[str]) -> tuple[FinetuneArguments, RecFinetuneConfig
     """
     from trl import TrlParser
 
-    parser = TrlParser((FinetuneArguments, RecFinetuneConfig, ModelArguments), prog="finetune")
+    parser = TrlParser([FinetuneArguments, RecFinetuneConfig, ModelArguments], prog="finetune")  # type: ignore[list-item]
     try:
         return parser.parse_args_and_config(command_line)  # type: ignore[return-value]
     except OSError as error:

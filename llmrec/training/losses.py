@@ -1,9 +1,9 @@
 """LETTER's ranking-guided generation loss, as pure functions on logits.
 
 Wang et al., "Learnable Item Tokenization for Generative Recommendation", CIKM 2024 (LETTER): cross-entropy of the
-target identifier's tokens with logits divided by a temperature tau. A tau below 1 gives wrong tokens of high score more
-weight; at tau = 1 it is ordinary cross-entropy. The paper normalises over the whole vocabulary, at every token of the
-target; the authors' released script runs it at tau = 1.
+target identifier's tokens with logits divided by a temperature tau. A tau below 1 gives wrong tokens of high score
+more weight; at tau = 1 it is ordinary cross-entropy. The paper normalises over the whole vocabulary, at every token of
+the target; the authors' released script runs it at tau = 1.
 
 Here a loss is computed at target positions only (logits of other positions never exist), and the set it is normalised
 over, its *scope*, has a name:

@@ -1,8 +1,8 @@
 """The one trainer: transformers' own, with the ranking-guided loss and code rows that survive saving and resuming.
 
 It adds nothing to the loop. The loss is handed over as `compute_loss_func`, so that the Trainer's own bookkeeping
-(division by the number of targets of the global batch, the factor for several processes) stays in force; `compute_loss`
-is wrapped only to tell the head which positions to read.
+(division by the number of targets of the global batch, the factor for several processes) stays in force;
+`compute_loss` is wrapped only to tell the head which positions to read.
 """
 
 import logging
@@ -55,8 +55,8 @@ class RankingTrainer(Trainer):
         *,
         vocabulary: CodeVocabulary,
         text_tokenizer: PreTrainedTokenizerBase,
-        train_dataset: Dataset | None = None,  # type: ignore[type-arg]
-        eval_dataset: Dataset | None = None,  # type: ignore[type-arg]
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
         trie: ItemTrie | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -75,7 +75,7 @@ class RankingTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=text_tokenizer,
-            data_collator=SampleCollator(int(text_tokenizer.pad_token_id or 0)),  # type: ignore[arg-type]
+            data_collator=SampleCollator(int(text_tokenizer.pad_token_id or 0)),
             compute_loss_func=self._batch_loss,
             callbacks=callbacks,
         )
@@ -130,7 +130,7 @@ class RankingTrainer(Trainer):
 
     # The order of samples, and the optimiser
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:  # type: ignore[type-arg]
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = getattr(dataset, "lengths", None)
         if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
@@ -142,24 +142,26 @@ class RankingTrainer(Trainer):
         return LengthGroupedSampler(batch, dataset=dataset, lengths=lengths, generator=generator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser, with the code rows in a group of their own: their learning rate, no weight decay."""
+        """The Trainer's optimiser; the code rows are a group of their own, with their learning rate, without decay."""
         if self.optimizer is None:
             super().create_optimizer() if model is None else super().create_optimizer(model)
-            optimizer = self.optimizer
-            code_rows = {id(rows) for rows in code_row_parameters(self.model if model is None else model)}
+            optimizer = cast(torch.optim.Optimizer, self.optimizer)
+            code_rows = {
+                id(rows) for rows in code_row_parameters(cast(nn.Module, self.model if model is None else model))
+            }
             moved = []
             for group in optimizer.param_groups:
                 moved += [parameter for parameter in group["params"] if id(parameter) in code_rows]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in code_rows]
             learning_rate = self.args.learning_rate * self.args.code_learning_rate_factor
             optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})
-        return self.optimizer
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     # Evaluation by loss
 
     def evaluate(
         self,
-        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,  # type: ignore[type-arg]
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -186,7 +188,7 @@ class RankingTrainer(Trainer):
 
     def _evaluation_model(self, batches: Any) -> nn.Module:
         """The wrapped model in evaluation mode; prepared here where `evaluate` comes before any training."""
-        model = self._wrap_model(self.model, training=False, dataloader=batches)
+        model = self._wrap_model(cast(nn.Module, self.model), training=False, dataloader=batches)
         if len(self.accelerator._models) == 0 and model is self.model:
             prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
             model = prepared if isinstance(prepared, nn.Module) else model
@@ -228,7 +230,7 @@ class RankingTrainer(Trainer):
         folder = output_dir if output_dir is not None else self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         save_adapter(self._unwrapped, folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
+        cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(folder)
 
     @property
     def _unwrapped(self) -> Any:
