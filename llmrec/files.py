@@ -44,7 +44,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
-        raise DataError(f"can't write the folder {target}: a file of that name exists; remove it or choose another name")
+        raise DataError(
+            f"can't write the folder {target}: a file of that name exists; remove it or choose another name"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

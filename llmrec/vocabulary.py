@@ -313,7 +313,9 @@ def merge_code_rows(model: PreTrainedModel) -> None:
         bases = [base for base in type(module).__mro__ if not issubclass(base, CodeRows)]
         module.__class__ = bases[0]
     if getattr(head, "bias", None) is not None:
-        head.bias = nn.Parameter(F.pad(head.bias.detach(), (0, width - head.bias.shape[0])))
+        bias = F.pad(head.bias.detach(), (0, width - head.bias.shape[0]))
+        bias[first : first + rows.shape[0]] = 0  # code columns have none
+        head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
     embedding.num_embeddings = head.out_features = width
     del head.positions, head.codes_only
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):

@@ -23,8 +23,7 @@ from llmrec.data.splits import DatasetSplits, leave_one_out
 from llmrec.embeddings.collaborative import SASRec
 from llmrec.errors import SettingsError
 from llmrec.evaluation.baselines import PopularityRecommender
-from llmrec.evaluation.evaluator import EvaluationResult, evaluate
-from llmrec.evaluation.report import save_results
+from llmrec.evaluation.evaluator import EvaluationResult, evaluate_both, save_results
 from llmrec.files import read_json, write_json
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.base import ItemTokenizer
@@ -298,9 +297,9 @@ def evaluate_all(
         recommenders["SASRec"] = SASRec.from_pretrained(sasrec)
     recommenders["llmrec"] = recommender
     return [
-        evaluate(model, splits.dataset, examples, exclude_seen=exclude_seen, name=name, accelerator=accelerator)
+        result
         for name, model in recommenders.items()
-        for exclude_seen in (False, True)
+        for result in evaluate_both(model, splits.dataset, examples, name=name, accelerator=accelerator)
     ]
 
 
@@ -459,7 +458,7 @@ def report(
     from llmrec.evaluation.report import results_table
 
     console = Console()
-    console.print(results_table(results))
+    console.print(results_table(results, metrics=("recall@5", "ndcg@5", "recall@10", "ndcg@10")))
     examples = splits.examples(arguments.evaluation_split)
     if arguments.num_printed and len(examples):
         dataset = splits.dataset

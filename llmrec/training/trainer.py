@@ -8,7 +8,7 @@ It adds nothing to the loop. The loss is handed over as `compute_loss_func`, so 
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,30 @@ from llmrec.training.losses import ranking_guided_loss, same_level, target_posit
 from llmrec.vocabulary import CodeVocabulary, code_row_parameters, has_code_rows, head_mode
 
 logger = logging.getLogger(__name__)
+
+
+class _LengthGroupedEpochs(LengthGroupedSampler):
+    """The Trainer's grouping by length, in an order that depends on seed and epoch alone.
+
+    The Trainer's own sampler goes on drawing from one generator, so a run that is resumed after its first epoch would
+    see another order than one that was never stopped. The epoch is asked for, not told: accelerate's loader doesn't
+    hand it on when several processes resume within an epoch.
+
+    Args:
+        batch_size: Samples of a step, of all processes together.
+        lengths: Number of tokens of each sample.
+        seed: Of the order.
+        epoch: Gives the number of the epoch that begins.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], *, seed: int, epoch: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self._seed + self._epoch())
+        return super().__iter__()
 
 
 class RankingTrainer(Trainer):
@@ -135,11 +159,9 @@ class RankingTrainer(Trainer):
         lengths = getattr(dataset, "lengths", None)
         if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
             return super()._get_train_sampler(train_dataset)
-        generator = torch.Generator().manual_seed(
-            self.args.seed if self.args.data_seed is None else self.args.data_seed
-        )
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, dataset=dataset, lengths=lengths, generator=generator)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _LengthGroupedEpochs(batch, lengths, seed=seed, epoch=lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser; the code rows are a group of their own, with their learning rate, without decay."""

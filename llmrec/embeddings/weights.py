@@ -1,0 +1,31 @@
+"""Saved tensors go back into a model exactly, or not at all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmrec.errors import DataError, MissingPartError
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Loads weights that must be all there and of the right shapes: never random ones in their place.
+
+    Raises:
+        MissingPartError: A tensor is missing.
+        DataError: There is one too many, or one of another shape.
+    """
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing:
+        raise MissingPartError(f"{source} lacks {len(missing)} tensor(s), first {missing[0]!r}")
+    if extra:
+        raise DataError(f"{source} holds {len(extra)} tensor(s) too many, first {extra[0]!r}")
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            raise DataError(
+                f"{source}: {name!r} has shape {tuple(state[name].shape)}, but {tuple(tensor.shape)} follows from the"
+                " settings and the items"
+            )
+    model.load_state_dict(dict(state))
