@@ -56,9 +56,7 @@ def add_lora(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     # PEFT reads the base's config from the Hub, by this name, to compare vocabulary sizes; the rows make them differ.
     peft_model = get_peft_model(model, config, adapter_name=_ADAPTER_NAME)
     for name, module in model.named_modules():
-        if isinstance(module, CodeRows) and any(
-            "lora_" in own for own, _ in cast(nn.Module, module).named_parameters()
-        ):
+        if isinstance(getattr(module, "base_layer", None), CodeRows):  # PEFT puts its layer around ours
             raise SettingsError(
                 f"LoRA on {name} is not supported: it holds the rows of the code tokens, trained whole"
             )

@@ -62,8 +62,8 @@ class RecommenderConfig:
         dataset: What it was trained on, for the model card: "name", and whatever else is known. JSON values only.
         training: Settings and outcome of the training, for the model card. JSON values only.
         metrics: Results, for the model card: one dictionary a row with "metrics" (name to number), "model" ("llmrec",
-            or the name of a baseline beside it) and whatever says under which conditions they were measured ("dataset",
-            "split", "protocol", "seed", "num_examples", ...).
+            or the name of a baseline beside it) and whatever says under which conditions they were measured
+            ("dataset", "split", "protocol", "seed", "num_examples", ...).
         versions: Package to version, as of saving.
     """
 
