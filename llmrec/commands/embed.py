@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Embeds and saves."""
-    from llmrec.commands.options import read_dataset
+    from llmrec.commands.options import check_device, read_dataset
     from llmrec.errors import SettingsError
 
     foreign = TEXT_OPTIONS if arguments.collaborative else SASREC_OPTIONS
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise SettingsError(f"--{next(iter(misplaced))} {kind} --collaborative")
     if not arguments.collaborative and arguments.output.suffix != ".safetensors":
         raise SettingsError(f"--output is {arguments.output}: the name of the file must end in .safetensors")
+    check_device(arguments.device)
     dataset = read_dataset(arguments.dataset, k_core=arguments.k_core, items=arguments.items)
     if arguments.collaborative:
         from llmrec.data.splits import leave_one_out

@@ -46,6 +46,22 @@ def read_dataset(source: str, *, k_core: int = 0, **options: Any) -> "Interactio
     return dataset.k_core(k_core) if k_core else dataset
 
 
+def check_device(device: str | None) -> None:
+    """Refuses a device that torch doesn't know or this machine doesn't have.
+
+    Raises:
+        SettingsError: With what torch says.
+    """
+    import torch
+
+    from llmrec.errors import SettingsError
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device is {device!r}: {str(error).splitlines()[0]}") from error
+
+
 def load_recommender(name: str, **options: Any) -> "Recommender":
     """`Recommender.from_pretrained`, with transformers' progress bars where somebody can see them.
 
@@ -56,6 +72,7 @@ def load_recommender(name: str, **options: Any) -> "Recommender":
 
         from llmrec.recommender import Recommender
 
+        check_device(options.get("device"))
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
         return Recommender.from_pretrained(name, **options)

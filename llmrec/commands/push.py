@@ -1,6 +1,8 @@
 """Pushes a recommender folder to the Hugging Face Hub, as one commit."""
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 
 from llmrec.errors import LlmrecError, SettingsError
 
@@ -41,16 +43,15 @@ def run(arguments: argparse.Namespace) -> None:
     except HFValidationError as error:
         raise SettingsError(f"{arguments.repo_id!r} can't be the name of a repository: {error}") from error
     recommender = load_recommender(arguments.folder, base_model=arguments.base_model)
-    if arguments.merge:
-        recommender = recommender.merge()
     try:
-        address = recommender.push_to_hub(
-            arguments.repo_id,
-            private=arguments.private,
-            token=arguments.token,
-            revision=arguments.revision,
-            commit_message=arguments.message,
-        )
+        with redirect_stdout(sys.stderr):  # see load_recommender
+            address = (recommender.merge() if arguments.merge else recommender).push_to_hub(
+                arguments.repo_id,
+                private=arguments.private,
+                token=arguments.token,
+                revision=arguments.revision,
+                commit_message=arguments.message,
+            )
     except SettingsError as error:
         raise SettingsError(f"{error} (on the command line: --merge)") from error
     except (HTTPError, ConnectionError) as error:

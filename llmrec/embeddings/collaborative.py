@@ -157,8 +157,7 @@ class SASRec(nn.Module):
 
         Returns:
             One list of recommendations, or one a history where a sequence of histories was given. The score is the
-            natural log-probability over the full catalogue (seen items included, also where they are left out). Items
-            of equal score come in catalogue order.
+            natural log-probability over the full catalogue (seen items included, also where they are left out).
 
         Raises:
             UnknownItemError: A history holds an item that the catalogue doesn't.

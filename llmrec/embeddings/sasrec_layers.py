@@ -13,7 +13,10 @@ from llmrec.errors import SettingsError
 
 @dataclass(frozen=True)
 class SASRecConfig:
-    """Settings of `SASRec`. The defaults were chosen on the validation part of Amazon Beauty (5-core).
+    """Settings of `SASRec`.
+
+    The defaults are the best of a few runs of 16 epochs, compared by validation NDCG@10 on Amazon Beauty (5-core):
+    dropout 0.3 and 0.5, learning rate 1e-3 and 2e-3, temperature 0.05, 0.07 and 0.1.
 
     Raises:
         SettingsError: A value can't work, or two contradict each other.

@@ -1,6 +1,6 @@
 """Item text to vectors: which text of an item is read, how fields are combined, and the cache.
 
-After LETTER's inputs (methods of the published code): every field is encoded on its own and an item's vector is the
+After LETTER's inputs (as its published code does): every field is encoded on its own and an item's vector is the
 mean over its fields. The encoders are in `text_encoders.py`; nothing here knows how a text becomes a vector.
 """
 
@@ -24,7 +24,7 @@ from llmrec.embeddings.text_encoders import (
     encode_with_sentence_transformers,
     encode_with_transformers,
 )
-from llmrec.errors import DataError, LlmrecError, SettingsError
+from llmrec.errors import DataError, LlmrecError, MissingPartError, SettingsError
 from llmrec.pretrained import PretrainedSource, resolve_pretrained
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _uses_sentence_transformers(source: PretrainedSource, pooling: str, revision
     if not source.is_hub_id:
         return (Path(source.path) / "modules.json").is_file()
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         hf_hub_download(source.path, "modules.json", revision=revision)
@@ -218,6 +218,11 @@ def _uses_sentence_transformers(source: PretrainedSource, pooling: str, revision
         raise LlmrecError(
             f'can\'t reach the Hub to see how {source.path} pools its text; choose pooling="mean" or'
             ' "sentence-transformers", or the encoder "tfidf", which needs no download'
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise MissingPartError(
+            f"there is no model {source.path!r} on the Hub (or it is private and no token is set): check the name, or"
+            ' choose the encoder "tfidf", which needs no download'
         ) from error
     except EntryNotFoundError:
         return False

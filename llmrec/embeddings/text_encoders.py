@@ -184,7 +184,7 @@ def _mean_hidden(model: "torch.nn.Module", batch: Sequence[Sequence[int]], pad_t
     import torch
 
     device = next(model.parameters()).device
-    longest = max(1, *(len(ids) for ids in batch)) if len(batch) > 1 else max(1, len(batch[0]))
+    longest = max(1, max(len(ids) for ids in batch))
     input_ids = torch.full((len(batch), longest), pad_token_id, dtype=torch.int64)
     mask = torch.zeros((len(batch), longest), dtype=torch.int64)
     for row, ids in enumerate(batch):

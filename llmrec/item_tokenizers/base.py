@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from llmrec.data.item_order import check_item_order
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, MissingPartError, SettingsError
-from llmrec.files import atomic_folder, check_format, read_json, write_json
+from llmrec.files import atomic_file, atomic_folder, check_format, read_json, write_json
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.item_tokenizers.uniqueness import CodeGeometry
 
@@ -155,7 +155,8 @@ class ItemTokenizer(ABC):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state().items()}
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_NAME, config)
-            save_file(weights, temporary / WEIGHTS_NAME)
+            with atomic_file(temporary / WEIGHTS_NAME) as path:  # also gives the file ordinary permissions
+                save_file(weights, path)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

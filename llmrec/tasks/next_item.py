@@ -40,8 +40,8 @@ class NextItemTask:
         max_history: The latest items of a history that a prompt shows (LETTER and LC-Rec: 20).
 
     Raises:
-        SettingsError: The template has no or several "{history}"; `max_history` is below 1; the codes and the
-            vocabulary have different levels.
+        SettingsError: The template has no or several "{history}", or leaves the prompt of an empty history empty;
+            `max_history` is below 1; the codes and the vocabulary have different levels.
     """
 
     def __init__(
@@ -68,6 +68,11 @@ class NextItemTask:
         before, after = template.split("{history}")
         self._before = _text_ids(text_tokenizer, before, first=True)
         self._after = _text_ids(text_tokenizer, after, first=False)
+        if not self._before and not self._after:
+            raise SettingsError(
+                f"with the template {template!r} and a text tokenizer that adds no start token, the prompt of an empty"
+                " history is empty; begin with some text"
+            )
         self._item_tokens = vocabulary.token_ids(semantic_ids.codes)  # [N, L]
 
     @property

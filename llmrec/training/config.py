@@ -50,12 +50,12 @@ class RecFinetuneConfig(TrainingArguments):
         },
     )
     use_cpu: bool = field(
-        default_factory=lambda: not torch.cuda.is_available(),
+        default=not torch.cuda.is_available(),  # a factory is ignored by HfArgumentParser, for booleans
         metadata={"help": "Train on the CPU. True where there is no CUDA device."},
     )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation gathers losses, never logits."})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin memory. True where there is a CUDA device."}
+        default=torch.cuda.is_available(), metadata={"help": "Pin memory. True where there is a CUDA device."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples hold no columns to remove."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (transformers reads the order of this union)

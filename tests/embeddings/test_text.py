@@ -1,13 +1,11 @@
 import logging
 import os
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertModel,
@@ -20,7 +18,8 @@ from transformers import (
 
 from llmrec.embeddings import text as module
 from llmrec.embeddings.text import embed_text
-from llmrec.errors import DataError, MissingPartError, SettingsError
+from llmrec.errors import DataError, LlmrecError, MissingPartError, SettingsError
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = ["[PAD]", "[UNK]", "red", "blue", "green", "shoe", "hat", "cap", "acme", "zeta", "soft", "warm"]
 
@@ -46,8 +45,8 @@ def encoder(request, tmp_path_factory):
         else:
             model = T5Model(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **size))
     model.save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return folder, model.eval()
 
@@ -217,6 +216,34 @@ def test_settings_that_cannot_work(settings, message):
 def test_unknown_encoder_folder():
     with pytest.raises(MissingPartError, match="no folder"):
         embed_text(catalogue(title=["a"]), encoder="./no/such/model")
+
+
+def test_the_hub_says_how_a_model_pools(monkeypatch):
+    from huggingface_hub import errors
+
+    response = Mock(headers={}, status_code=404)
+    outcomes = {
+        "some/sentences": None,
+        "some/encoder": errors.RemoteEntryNotFoundError("no such file", response=response),
+        "some/typo": errors.RepositoryNotFoundError("no such repository", response=response),
+        "some/offline": errors.LocalEntryNotFoundError("offline"),
+    }
+
+    def download(name, file, revision=None):
+        assert file == "modules.json"
+        if outcomes[name] is not None:
+            raise outcomes[name]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(module, "encode_with_sentence_transformers", lambda texts, source, settings: np.ones((1, 2)))
+    monkeypatch.setattr(module, "encode_with_transformers", lambda texts, source, settings: np.ones((1, 3)))
+    items = catalogue(title=["a"])
+    assert embed_text(items, encoder="some/sentences").width == 2
+    assert embed_text(items, encoder="some/encoder").width == 3
+    with pytest.raises(MissingPartError, match="no model 'some/typo'"):
+        embed_text(items, encoder="some/typo")
+    with pytest.raises(LlmrecError, match='pooling="mean"'):
+        embed_text(items, encoder="some/offline")
 
 
 def test_sentence_transformers_pool_as_they_say():
