@@ -28,9 +28,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        grant_usual_permissions(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,9 +49,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        grant_usual_permissions(temporary)
         if target.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, replaced / "folder")
@@ -63,6 +59,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def grant_usual_permissions(path: Path) -> None:
+    """Gives a file, or a folder with all in it, the permissions that files made by this process usually have.
+
+    Temporary files, and those that safetensors writes, can be read by their owner alone.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for part in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

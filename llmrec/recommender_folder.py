@@ -19,7 +19,7 @@ from typing import Any
 
 from llmrec._version import __version__
 from llmrec.errors import DataError, MissingPartError, SettingsError
-from llmrec.files import atomic_folder, check_format, read_json, write_json
+from llmrec.files import atomic_folder, check_format, grant_usual_permissions, read_json, write_json
 from llmrec.pretrained import load_base_model, resolve_pretrained
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ def replace_parts(folder: str | os.PathLike[str]) -> Iterator[Path]:
     with TemporaryDirectory(prefix=".recommender.", dir=target) as name:
         temporary = Path(name)
         yield temporary
+        grant_usual_permissions(temporary)
         (target / CONFIG_NAME).unlink(missing_ok=True)
         for entry in [entry for entry in target.iterdir() if _is_part(entry.name)]:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -57,7 +57,8 @@ def test_lora_and_rows_are_all_that_trains(tiny_model):
         model = with_adapter(tiny_model(family, tied=tied), target_modules="all-linear")
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert {name for name in trained if "lora_" not in name} == (
-            {"base_model.model.model.embed_tokens.new_rows"} | (set() if tied else {"base_model.model.lm_head.new_rows"})
+            {"base_model.model.model.embed_tokens.new_rows"}
+            | (set() if tied else {"base_model.model.lm_head.new_rows"})
         )
         assert len({name.split(".lora_")[0] for name in trained if "lora_" in name}) == 14  # 7 linear layers twice
         assert not any("lm_head" in name for name in trained if "lora_" in name)
@@ -137,11 +138,11 @@ def test_plain_peft_on_a_resized_base_gives_equal_logits(tiny_model, tied, vocab
 
 def test_a_missing_file_is_an_error(tiny_model, tmp_path):
     base = tiny_model()
-    with pytest.raises(MissingPartError, match="adapter_config.json"):
+    with pytest.raises(MissingPartError, match=r"adapter_config\.json"):
         load_adapter(base, tmp_path)
     save_adapter(with_adapter(base), tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(MissingPartError, match="adapter_model.safetensors is missing"):
+    with pytest.raises(MissingPartError, match=r"adapter_model\.safetensors is missing"):
         load_adapter(base, tmp_path)
 
 

@@ -11,6 +11,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def stop_half_way(path):
+    path.write_text("half")
+    raise RuntimeError
+
+
 def test_a_file_appears_whole(tmp_path):
     target = tmp_path / "made" / "on the way" / "file.txt"
     with atomic_file(target) as temporary:
@@ -25,8 +30,7 @@ def test_an_error_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
     target.write_text("old")
     with pytest.raises(RuntimeError), atomic_file(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+        stop_half_way(temporary)
     assert target.read_text() == "old"
     assert names(tmp_path) == ["file.txt"]
 
@@ -60,8 +64,7 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     target.mkdir()
     (target / "old.txt").write_text("old")
     with pytest.raises(RuntimeError), atomic_folder(target) as temporary:
-        (temporary / "new.txt").write_text("half")
-        raise RuntimeError
+        stop_half_way(temporary / "new.txt")
     assert names(target) == ["old.txt"]
     assert names(tmp_path) == ["folder"]
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         fitted = fit_from_settings(FitSettings.from_yaml(given.config), given.output_dir, resume=given.resume)
     except LlmrecError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(fitted.before)
     print(f"\n{fitted.semantic_ids.report}")
     print(f"saved in {given.output_dir}")

@@ -25,7 +25,7 @@ from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.embeddings.sasrec_layers import CausalBlock, SASRecConfig, pad_right
 from llmrec.embeddings.weights import load_exactly
 from llmrec.errors import DataError, ItemOrderError, MissingPartError
-from llmrec.files import atomic_folder, check_format, read_json, write_json
+from llmrec.files import atomic_file, atomic_folder, check_format, read_json, write_json
 
 if TYPE_CHECKING:
     from llmrec.data.interactions import InteractionDataset
@@ -241,7 +241,8 @@ class SASRec(nn.Module):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_folder(folder) as temporary:
             write_json(temporary / "config.json", content)
-            save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+            with atomic_file(temporary / "model.safetensors") as file:  # safetensors alone makes it its owner's only
+                save_file(state, file, metadata={"format": "pt"})
             pq.write_table(
                 pa.table({"item_id": list(self.item_ids), "title": list(self.titles)}), temporary / "items.parquet"
             )

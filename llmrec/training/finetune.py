@@ -453,24 +453,20 @@ def report(
     output_folder: Path,
 ) -> None:
     """Prints the results table, and what the first example's user would be recommended."""
-    from rich.console import Console
-
     from llmrec.evaluation.report import results_table
 
-    console = Console()
-    console.print(results_table(results, metrics=("recall@5", "ndcg@5", "recall@10", "ndcg@10")))
+    print(results_table(results, metrics=("recall@5", "ndcg@5", "recall@10", "ndcg@10")))
     examples = splits.examples(arguments.evaluation_split)
     if arguments.num_printed and len(examples):
-        dataset = splits.dataset
-        rows = examples.history(0)[-5:]
-        console.print(f"\nUser {examples.user_ids[0]} last took:")
-        for row in rows:
-            console.print(f"   {dataset.item_ids[row]}  {dataset.titles[row]}", highlight=False)
-        console.print("Recommended next:")
-        history = [dataset.item_ids[row] for row in examples.history(0)]
+        dataset, rows = splits.dataset, examples.history(0)
+        print(f"\nUser {examples.user_ids[0]} last took:")
+        for row in rows[-5:]:
+            print(f"   {dataset.item_ids[row]}  {dataset.titles[row]}")
+        print("Recommended next:")
+        history = [dataset.item_ids[row] for row in rows]
         for rank, item in enumerate(recommender.recommend(history, k=arguments.num_printed), start=1):
-            console.print(f"{rank:2d} {item.item_id}  {item.title}  ({item.score:.2f})", highlight=False)
-    console.print(f"\nSaved in {output_folder / RECOMMENDER_FOLDER}", highlight=False)
+            print(f"{rank:2d} {item.item_id}  {item.title}  ({item.score:.2f})")
+    print(f"\nSaved in {output_folder / RECOMMENDER_FOLDER}")
 
 
 if __name__ == "__main__":

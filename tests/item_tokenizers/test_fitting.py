@@ -82,7 +82,7 @@ def test_the_script_says_in_one_line_what_is_wrong(tmp_path, capsys):
     path = tmp_path / "settings.yaml"
     path.write_text(SHORT.format(method="rq_vae", more="", settings=", colour: red"))
     main = runpy.run_path(str(ROOT / "tokenizers" / "fit.py"))["main"]
-    assert main(["--config", str(path)]) == 1
+    assert main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: item_tokenizer (RQVAEConfig): unknown setting 'colour'")
     assert len(error.splitlines()) == 1
