@@ -158,18 +158,19 @@ def test_adding_rows_leaves_the_global_generator_alone(tiny_model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("recompute_mapping", [True, False])  # from the model's own list, or from the one kept
 @pytest.mark.parametrize("tied", [True, False])
-def test_tie_weights_keeps_sharing_and_logits(tiny_model, tied):
+def test_tie_weights_keeps_sharing_and_logits(tiny_model, tied, recompute_mapping):
     model = with_code_rows(tiny_model(tied=tied, vocab_size=21))
     before = logits(model)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=recompute_mapping)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert (head.new_rows is embedding.new_rows) is tied
     assert (head.weight is embedding.weight) is tied
     assert torch.equal(logits(model), before)
 
     model.to("meta")  # gives every name a parameter of its own
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=recompute_mapping)
     assert (head.new_rows is embedding.new_rows) is tied
     assert (head.weight is embedding.weight) is tied
 

@@ -309,10 +309,18 @@ def finetune(
     """Runs all stages and saves the recommender under `output_dir`/recommender.
 
     Under several processes the stages that aren't distributed run on the main one first; the others read its files.
+    `push_to_hub` (with `hub_model_id`, `hub_private_repo`, `hub_token`) pushes the recommender, once, at the end.
+
+    Raises:
+        SettingsError: An adapter is to be pushed whose base model only this machine has.
     """
     from accelerate import PartialState
 
     state: PartialState = PartialState()
+    push, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints
+    base = str(model_arguments.model_name_or_path)
+    if push and not arguments.merge and (base == TINY_LLAMA or Path(base).is_dir()):
+        raise SettingsError(f"push_to_hub of an adapter on {base!r}, which nobody else has: set merge as well")
     output_folder = Path(str(training.output_dir))
     with state.main_process_first():
         splits = prepare_data(arguments)
@@ -352,7 +360,12 @@ def finetune(
     recommender.config = dataclasses.replace(config, metrics=[_metrics_row(result, training) for result in results])
     if state.is_main_process:
         save_results(output_folder / RESULTS_FILE, results)
-        (recommender.merge() if arguments.merge else recommender).save_pretrained(output_folder / RECOMMENDER_FOLDER)
+        saved = recommender.merge() if arguments.merge else recommender
+        saved.save_pretrained(output_folder / RECOMMENDER_FOLDER)
+        if push:
+            name = training.hub_model_id or output_folder.name
+            url = saved.push_to_hub(name, private=bool(training.hub_private_repo), token=training.hub_token)
+            logger.info("pushed to %s", url)
     state.wait_for_everyone()
     return recommender, splits, results
 
