@@ -6,11 +6,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmrec.data.interactions import InteractionDataset
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = ("Items", "chosen", "by", "one", "person", ",", "oldest", "first", ":", "Next", "a")
 NUM_TEXT_TOKENS = 16  # of `make_text_tokenizer`

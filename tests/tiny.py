@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmrec.adapter import add_lora
@@ -13,7 +14,6 @@ from llmrec.recommender import Recommender
 from llmrec.recommender_folder import RecommenderConfig
 from llmrec.tasks.next_item import NextItemTask
 from llmrec.vocabulary import CodeVocabulary, add_code_rows, merge_code_rows
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 NUM_TEXT_TOKENS = 40
 

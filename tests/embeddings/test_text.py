@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -19,7 +20,6 @@ from transformers import (
 from llmrec.embeddings import text as module
 from llmrec.embeddings.text import embed_text
 from llmrec.errors import DataError, LlmrecError, MissingPartError, SettingsError
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = ["[PAD]", "[UNK]", "red", "blue", "green", "shoe", "hat", "cap", "acme", "zeta", "soft", "warm"]
 
