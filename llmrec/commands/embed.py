@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--cache_dir", metavar="FOLDER", help="keep vectors here, and find them again")
     collaborative = parser.add_argument_group("from interactions")
     collaborative.add_argument("--collaborative", action="store_true", help="train SASRec")
-    collaborative.add_argument("--epochs", type=int, help="at most so many (default: 30)")
+    collaborative.add_argument("--epochs", type=int, help="at most so many (default: 20)")
     collaborative.add_argument("--seed", type=int, help="of weights, order and dropout (default: 0)")
 
 
