@@ -88,6 +88,10 @@ class FinetuneArguments:
     evaluation_examples: int | None = field(
         default=None, metadata={"help": "Report on a random part of so many examples; all by default."}
     )
+    validation_examples: int | None = field(
+        default=None,
+        metadata={"help": "The validation loss is that of a random part of so many examples; all by default."},
+    )
     sasrec: str | None = field(
         default=None,
         metadata={
@@ -256,6 +260,7 @@ def train(
     text_tokenizer: "PreTrainedTokenizerBase",
     trie: ItemTrie,
     sample_form: str,
+    validation_examples: int | None = None,
 ) -> RankingTrainer:
     """Trains, from the beginning or from a checkpoint.
 
@@ -263,13 +268,16 @@ def train(
     """
     samples = training_samples(task, splits.train, form=sample_form)
     logger.info("%d samples with %d targets an epoch", len(samples), samples.num_targets)
+    validation = splits.validation
+    if validation_examples is not None:
+        validation = validation.sample(validation_examples)
     trainer = RankingTrainer(
         model,
         training,
         vocabulary=task.vocabulary,
         text_tokenizer=text_tokenizer,
         train_dataset=samples,
-        eval_dataset=evaluation_samples(task, splits.validation),
+        eval_dataset=evaluation_samples(task, validation),
         trie=trie,
     )
     checkpoint = training.resume_from_checkpoint
@@ -337,7 +345,14 @@ def finetune(
     )
     trie = ItemTrie.from_semantic_ids(codes.semantic_ids)
     trainer = train(
-        model, task, splits, training, text_tokenizer=text_tokenizer, trie=trie, sample_form=arguments.sample_form
+        model,
+        task,
+        splits,
+        training,
+        text_tokenizer=text_tokenizer,
+        trie=trie,
+        sample_form=arguments.sample_form,
+        validation_examples=arguments.validation_examples,
     )
     config = RecommenderConfig(
         base_model=str(model_arguments.model_name_or_path),
