@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.commands.options import DATASET_HELP, add_items_argument, add_k_core_argument, add_recommender_arguments
 from llmrec.errors import MissingPartError, SettingsError
+from llmrec.settings import read_settings, settings_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,21 +94,8 @@ class EvaluationSettings:
             MissingPartError: No such file.
             SettingsError: Not a mapping, or a setting that doesn't exist.
         """
-        import yaml
-
-        from llmrec.item_tokenizers.fitting import settings_from
-
-        path = Path(path)
-        if not path.is_file():
-            raise MissingPartError(f"no settings file {path}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise SettingsError(f"{path} must hold settings, one 'name: value' a line")
         given = {name: value for name, value in overrides.items() if value is not None}
-        return settings_from(cls, content | given, str(path))
+        return settings_from(cls, read_settings(path) | given, str(path))
 
 
 def _is_positive(value: Any) -> bool:

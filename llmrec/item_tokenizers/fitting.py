@@ -8,9 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from llmrec.data.interactions import InteractionDataset
 from llmrec.data.loading import load_dataset_from
@@ -18,7 +16,7 @@ from llmrec.data.splits import leave_one_out
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.embeddings.collaborative import SASRec, SASRecConfig
 from llmrec.embeddings.text import embed_text
-from llmrec.errors import MissingPartError, SettingsError
+from llmrec.errors import SettingsError
 from llmrec.files import write_json
 from llmrec.item_tokenizers.base import ItemTokenizer
 from llmrec.item_tokenizers.diagnostics import CodeDiagnostics, diagnose
@@ -26,6 +24,7 @@ from llmrec.item_tokenizers.fit_loop import CHECKPOINT_NAME
 from llmrec.item_tokenizers.letter import LetterTokenizer
 from llmrec.item_tokenizers.rq_vae import RQVAETokenizer
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
+from llmrec.settings import read_settings, settings_from
 
 logger = logging.getLogger(__name__)
 
@@ -34,36 +33,6 @@ TOKENIZER_FOLDER = "item_tokenizer"
 SEMANTIC_IDS_FILE = "semantic_ids.safetensors"
 SASREC_FOLDER = "sasrec"
 TRAIN_SASREC = "sasrec"
-
-Settings = TypeVar("Settings")
-
-
-def settings_from(settings_class: type[Settings], values: Mapping[str, Any], what: str) -> Settings:
-    """Builds a settings dataclass from a mapping read out of YAML.
-
-    Args:
-        settings_class: The dataclass.
-        values: Field names and values.
-        what: Where they come from, for the message.
-
-    Raises:
-        SettingsError: A key that is no field, a required one that is missing, or text where a number belongs.
-    """
-    known = {entry.name: entry for entry in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
-    for name, value in values.items():
-        if name not in known:
-            raise SettingsError(f"{what}: unknown setting {name!r}; known: {', '.join(known)}")
-        default = known[name].default
-        if isinstance(default, int | float) and isinstance(value, str):
-            raise SettingsError(f"{what}: {name} is the text {value!r}, not a number; in YAML write 1.0e-4, not 1e-4")
-    missing = [
-        name
-        for name, entry in known.items()
-        if name not in values and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise SettingsError(f"{what}: {', '.join(missing)} must be set")
-    return settings_class(**values)
 
 
 @dataclass(frozen=True)
@@ -120,16 +89,7 @@ class FitSettings:
             MissingPartError: No such file.
             SettingsError: Not a mapping, or a setting that doesn't exist.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise MissingPartError(f"no settings file {path}")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise SettingsError(f"{path} must hold settings, one 'name: value' a line")
-        return settings_from(cls, content, str(path))
+        return settings_from(cls, read_settings(path), str(path))
 
 
 @dataclass(frozen=True)
