@@ -28,7 +28,7 @@ from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.base import ItemTokenizer
 from llmrec.item_tokenizers.fitting import SASREC_FOLDER, FitSettings, fit_item_tokenizer, make_embeddings
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
-from llmrec.pretrained import load_base_model, load_text_tokenizer
+from llmrec.pretrained import load_base_model, load_text_tokenizer, resolve_pretrained
 from llmrec.recommender import Recommender
 from llmrec.recommender_folder import RecommenderConfig
 from llmrec.tasks.next_item import NextItemTask, evaluation_samples, training_samples
@@ -262,9 +262,10 @@ def finetune(
         sample_form=arguments.sample_form,
         validation_examples=arguments.validation_examples,
     )
+    base = str(model_arguments.model_name_or_path)
     config = RecommenderConfig(
-        base_model=str(model_arguments.model_name_or_path),
-        base_revision=model_arguments.model_revision,
+        base_model=base,
+        base_revision=model_arguments.model_revision if resolve_pretrained(base).is_hub_id else None,
         template=arguments.template,
         max_history=arguments.max_history,
         codebook_sizes=codes.semantic_ids.codebook_sizes,
