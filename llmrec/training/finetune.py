@@ -242,7 +242,10 @@ def finetune(
         splits = prepare_data(arguments)
         codes = prepare_item_codes(arguments, splits.dataset, output_folder / ITEM_TOKENIZER_STAGE)
         if model_arguments.model_name_or_path == TINY_LLAMA:
-            model_arguments = _tiny_model(model_arguments, splits, output_folder, training.seed)
+            folder = output_folder / "base_model"
+            if state.is_main_process:  # always anew: of another data set or seed it would be another model
+                build_tiny_llama(splits.dataset.titles, folder, seed=training.seed)
+            model_arguments = dataclasses.replace(model_arguments, model_name_or_path=str(folder))
     model, text_tokenizer, vocabulary = prepare_model(model_arguments, training, codes.semantic_ids)
     task = NextItemTask(
         text_tokenizer,
@@ -292,13 +295,6 @@ def finetune(
             logger.info("pushed to %s", url)
     state.wait_for_everyone()
     return recommender, splits, results
-
-
-def _tiny_model(arguments: ModelArguments, splits: DatasetSplits, output_folder: Path, seed: int) -> ModelArguments:
-    folder = output_folder / "base_model"
-    if not (folder / "config.json").is_file():
-        build_tiny_llama(splits.dataset.titles, folder, seed=seed)
-    return dataclasses.replace(arguments, model_name_or_path=str(folder))
 
 
 def _describe_data(splits: DatasetSplits) -> dict[str, Any]:
