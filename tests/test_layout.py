@@ -123,7 +123,7 @@ def python(repository, code):
 
 def test_hugging_faces_tokenizers_wins_from_the_root(repository):
     code = "import tokenizers; print(tokenizers.__file__); tokenizers.Tokenizer"
-    assert not python(repository, code).startswith(str(repository))
+    assert not python(repository, code).startswith(str(repository / "tokenizers"))  # an environment may lie inside
 
 
 def test_importing_llmrec_loads_no_heavy_library(repository):
