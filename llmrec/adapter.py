@@ -33,12 +33,13 @@ _ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # PEFT's name for the ro
 _ADAPTER_NAME = "default"
 
 
-def add_lora(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
+def add_lora(model: PreTrainedModel, config: "LoraConfig", *, seed: int = 0) -> "PeftModel":
     """Wraps a model that has code rows with LoRA layers, and leaves LoRA and new rows trainable.
 
     Args:
         model: After `add_code_rows`.
         config: LoRA settings. "all-linear" leaves the head alone.
+        seed: Seeds LoRA's initial weights, which PEFT draws from the global generator.
 
     Raises:
         SettingsError: The model has no code rows yet, or LoRA is to go on its embedding or head, or PEFT is told to
@@ -54,7 +55,9 @@ def add_lora(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
             " itself, as parameters of their own"
         )
     # PEFT reads the base's config from the Hub, by this name, to compare vocabulary sizes; the rows make them differ.
-    peft_model = get_peft_model(model, config, adapter_name=_ADAPTER_NAME)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config, adapter_name=_ADAPTER_NAME)
     for name, module in model.named_modules():
         if isinstance(getattr(module, "base_layer", None), CodeRows):  # PEFT puts its layer around ours
             raise SettingsError(

@@ -26,10 +26,21 @@ def with_adapter(base, *, target_modules=("q_proj", "v_proj"), seed=1, **setting
     model = copy.deepcopy(base)
     add_code_rows(model, VOCABULARY, seed=seed)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
-        return add_lora(model, config).eval()
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    return add_lora(model, config, seed=seed).eval()
+
+
+def test_the_seed_alone_fixes_the_initial_weights(tiny_model):
+    def initial_weights(seed, global_seed):
+        torch.manual_seed(global_seed)
+        model = tiny_model("llama", tied=True, vocab_size=16)
+        add_code_rows(model, VOCABULARY)
+        lora = add_lora(model, LoraConfig(r=2, target_modules="all-linear"), seed=seed)
+        return torch.cat([value.flatten() for name, value in lora.named_parameters() if "lora_A" in name])
+
+    first = initial_weights(seed=5, global_seed=1)
+    assert torch.equal(first, initial_weights(seed=5, global_seed=2))
+    assert not torch.equal(first, initial_weights(seed=6, global_seed=1))
 
 
 def expected_keys(tied):

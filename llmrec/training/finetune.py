@@ -126,7 +126,7 @@ def prepare_model(
         model = prepare_model_for_kbit_training(model, training.gradient_checkpointing)
     add_code_rows(model, vocabulary, init_scale=training.code_init_scale, seed=training.seed)
     if arguments.use_peft:
-        model = add_lora(model, _lora(arguments))
+        model = add_lora(model, _lora(arguments), seed=training.seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%s: %d of %d parameters are trained", name, trained, model.num_parameters())
     return model, text_tokenizer, vocabulary
