@@ -122,9 +122,7 @@ def make_trainer(
     add_code_rows(model, vocabulary, seed=2)
     if lora:
         config = LoraConfig(r=4, lora_dropout=lora_dropout, target_modules="all-linear", init_lora_weights=False)
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            model = add_lora(model, config)
+        model = add_lora(model, config, seed=3)
     task = NextItemTask(tokenizer, vocabulary, semantic_ids, template="Items chosen : {history}", max_history=8)
     splits = leave_one_out(dataset) if evaluation else None
     return RankingTrainer(
