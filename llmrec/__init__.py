@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmrec.data.synthetic import synthetic_dataset
     from llmrec.embeddings.base import ItemEmbeddings
     from llmrec.embeddings.collaborative import SASRec, SASRecConfig
+    from llmrec.embeddings.image import embed_images
+    from llmrec.embeddings.lightgcn import LightGCN, LightGCNConfig
     from llmrec.embeddings.text import embed_text
     from llmrec.errors import LlmrecError
     from llmrec.evaluation.baselines import PopularityRecommender
@@ -26,9 +28,16 @@ if TYPE_CHECKING:
     from llmrec.generation.logits_process import TrieLogitsProcessor
     from llmrec.generation.trie import ItemTrie
     from llmrec.item_tokenizers.base import ItemTokenizer
+    from llmrec.item_tokenizers.code_agreement import compare_codes
+    from llmrec.item_tokenizers.diagnostics import CodeDiagnostics, diagnose
+    from llmrec.item_tokenizers.given_codes import GivenCodesTokenizer
     from llmrec.item_tokenizers.letter import LetterConfig, LetterTokenizer
+    from llmrec.item_tokenizers.rq_kmeans import RQKMeansConfig, RQKMeansTokenizer
+    from llmrec.item_tokenizers.rq_kmeans_plus import RQKMeansPlusConfig, RQKMeansPlusTokenizer
     from llmrec.item_tokenizers.rq_vae import RQVAEConfig, RQVAETokenizer
     from llmrec.item_tokenizers.semantic_ids import SemanticIds
+    from llmrec.item_tokenizers.simcit import SimCITConfig, SimCITTokenizer
+    from llmrec.processes import Processes
     from llmrec.recommender import Recommender
     from llmrec.tasks.next_item import NextItemTask
     from llmrec.training.config import RecFinetuneConfig
@@ -36,18 +45,27 @@ if TYPE_CHECKING:
     from llmrec.vocabulary import CodeVocabulary, add_code_rows
 
 _MODULES = {
+    "CodeDiagnostics": "llmrec.item_tokenizers.diagnostics",
     "CodeVocabulary": "llmrec.vocabulary",
     "DatasetSplits": "llmrec.data.splits",
     "EvaluationSet": "llmrec.data.splits",
+    "GivenCodesTokenizer": "llmrec.item_tokenizers.given_codes",
     "InteractionDataset": "llmrec.data.interactions",
     "ItemEmbeddings": "llmrec.embeddings.base",
     "ItemTokenizer": "llmrec.item_tokenizers.base",
     "ItemTrie": "llmrec.generation.trie",
     "LetterConfig": "llmrec.item_tokenizers.letter",
     "LetterTokenizer": "llmrec.item_tokenizers.letter",
+    "LightGCN": "llmrec.embeddings.lightgcn",
+    "LightGCNConfig": "llmrec.embeddings.lightgcn",
     "LlmrecError": "llmrec.errors",
     "NextItemTask": "llmrec.tasks.next_item",
     "PopularityRecommender": "llmrec.evaluation.baselines",
+    "Processes": "llmrec.processes",
+    "RQKMeansConfig": "llmrec.item_tokenizers.rq_kmeans",
+    "RQKMeansPlusConfig": "llmrec.item_tokenizers.rq_kmeans_plus",
+    "RQKMeansPlusTokenizer": "llmrec.item_tokenizers.rq_kmeans_plus",
+    "RQKMeansTokenizer": "llmrec.item_tokenizers.rq_kmeans",
     "RQVAEConfig": "llmrec.item_tokenizers.rq_vae",
     "RQVAETokenizer": "llmrec.item_tokenizers.rq_vae",
     "RankingTrainer": "llmrec.training.trainer",
@@ -57,8 +75,13 @@ _MODULES = {
     "SASRec": "llmrec.embeddings.collaborative",
     "SASRecConfig": "llmrec.embeddings.collaborative",
     "SemanticIds": "llmrec.item_tokenizers.semantic_ids",
+    "SimCITConfig": "llmrec.item_tokenizers.simcit",
+    "SimCITTokenizer": "llmrec.item_tokenizers.simcit",
     "TrieLogitsProcessor": "llmrec.generation.logits_process",
     "add_code_rows": "llmrec.vocabulary",
+    "compare_codes": "llmrec.item_tokenizers.code_agreement",
+    "diagnose": "llmrec.item_tokenizers.diagnostics",
+    "embed_images": "llmrec.embeddings.image",
     "embed_text": "llmrec.embeddings.text",
     "evaluate": "llmrec.evaluation.evaluator",
     "leave_one_out": "llmrec.data.splits",

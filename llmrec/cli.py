@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from llmrec._version import __version__
-from llmrec.commands import data, embed, evaluate, finetune, fit, info, push, recommend
+from llmrec.commands import codes, data, embed, evaluate, finetune, fit, info, push, recommend
 from llmrec.errors import LlmrecError
 
 COMMANDS: dict[str, ModuleType] = {
     "data": data,
     "embed": embed,
     "fit": fit,
+    "codes": codes,
     "finetune": finetune,
     "evaluate": evaluate,
     "recommend": recommend,

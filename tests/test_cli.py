@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
@@ -14,6 +15,7 @@ from llmrec import InteractionDataset, __version__, cli
 from llmrec.commands.evaluate import EvaluationSettings
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.embeddings.collaborative import SASRec
+from llmrec.embeddings.lightgcn import LightGCN
 from llmrec.errors import SettingsError
 from llmrec.evaluation.evaluator import load_results
 from llmrec.recommender import Recommender
@@ -110,7 +112,7 @@ print(sorted({"torch", "transformers", "numpy", "datasets", "pyarrow"} & set(sys
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     *commands, heavy = done.stdout.splitlines()
-    assert len(commands) == len(cli.COMMANDS) + 2 == 10
+    assert len(commands) == len(cli.COMMANDS) + 2 == 11
     assert all(line.endswith("True True") for line in commands), commands
     assert heavy == "[]"
 
@@ -259,6 +261,57 @@ def test_embed_collaborative(run, dataset, tmp_path):
     assert int(model.item_counts.sum()) == 36  # the training part of 60
     vectors = ItemEmbeddings.load(tmp_path / "s" / "item_embeddings.safetensors").vectors
     assert (vectors == model.item_embeddings().vectors).all()
+
+
+def test_embed_lightgcn(run, dataset, tmp_path):
+    options = ["--model", "lightgcn", "--width", "8", "--epochs", "1", "--output", tmp_path / "s"]
+    out = run("embed", dataset, "--collaborative", *options)
+    assert out.startswith("30 items")
+    model = LightGCN.from_pretrained(tmp_path / "s")
+    vectors = ItemEmbeddings.load(tmp_path / "s" / "item_embeddings.safetensors")
+    assert (vectors.vectors == model.item_embeddings().vectors).all()
+    assert vectors.item_ids == InteractionDataset.load(dataset).item_ids
+
+
+def test_embed_own_vectors_in_the_order_of_the_catalogue(run, fails, dataset, tmp_path):
+    item_ids = InteractionDataset.load(dataset).item_ids
+    vectors = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    np.save(tmp_path / "vectors.npy", vectors[::-1])
+    (tmp_path / "ids.txt").write_text("\n".join(item_ids[::-1]))
+    own = ["--vectors", tmp_path / "vectors.npy", "--ids", tmp_path / "ids.txt"]
+    output = ["--output", tmp_path / "own.safetensors"]
+    assert run("embed", dataset, *own, *output).startswith("30 items, 3 values each")
+    assert (ItemEmbeddings.load(output[1], item_ids=item_ids).vectors == vectors).all()
+    (tmp_path / "ids.txt").write_text("\n".join(["other", *item_ids[:0:-1]]))
+    assert "have no vector for 1 of the 30 items" in fails("embed", dataset, *own, *output)
+    assert run("embed", dataset, *own, *output, "--mask_missing").startswith("30 items, 1 of them masked")
+    assert "--seed can't be used with --vectors" in fails("embed", dataset, *own, *output, "--seed", "1")
+    assert "--ids is of use only with --vectors" in fails("embed", dataset, *own[2:], *output)
+    assert "run the command once for each" in fails("embed", dataset, *own, *output, "--collaborative")
+
+
+def test_embed_images(run, fails, dataset, tmp_path):
+    from PIL import Image
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **shape)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    given = InteractionDataset.load(dataset)
+    names = [f"{row}.png" for row in range(given.num_items)]
+    for name in names[1:]:
+        Image.new("RGB", (16, 16), (len(name), 0, 0)).save(tmp_path / name)
+    items = given.items.add_column("photo", names)
+    InteractionDataset(items, given.histories, name=given.name).save(tmp_path / "with_images")
+    command = ["embed", tmp_path / "with_images", "--images", "photo", "--output", tmp_path / "image.safetensors"]
+    out = run(*command, "--encoder", tmp_path / "vit", "--image_folder", tmp_path)
+    assert out.splitlines()[-1].startswith("30 items, 1 of them masked, 8 values each")  # making the model prints, too
+    assert not ItemEmbeddings.load(tmp_path / "image.safetensors").present[0]
+    assert "--images needs an --encoder" in fails(*command)
+    assert "--image_folder is of use only with --images" in fails(
+        "embed", dataset, "--image_folder", ".", "--output", tmp_path / "x.safetensors"
+    )
 
 
 FIT = """

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 # Each part may import what stands before it, itself, and the basics; parts of one line don't import each other.
-BASICS = {"errors", "files", "settings", "_version", "pretrained"}
+BASICS = {"errors", "files", "settings", "_version", "pretrained", "processes"}
 ORDER = (
     {"data"},
     {"embeddings"},

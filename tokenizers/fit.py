@@ -3,8 +3,9 @@
     python tokenizers/fit.py                                            # embedded synthetic catalogue, a minute
     python tokenizers/fit.py --config tokenizers/beauty/letter.yaml --output_dir runs/beauty_letter
     python tokenizers/fit.py --config tokenizers/beauty/rq_vae.yaml --output_dir runs/beauty_rq_vae --resume
+    accelerate launch --config_file accelerate_configs/ddp.yaml tokenizers/fit.py --config ...    # several processes
 
-Writes `item_tokenizer/`, `semantic_ids.safetensors` and `diagnostics.json` into the output folder.
+Writes `item_tokenizer/`, `semantic_ids.safetensors`, `diagnostics.json` and `report.html` into the output folder.
 """
 
 import argparse
@@ -25,13 +26,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     from llmrec.errors import LlmrecError
     from llmrec.item_tokenizers.fitting import FitSettings, fit_from_settings
+    from llmrec.processes import Processes
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    processes = Processes.launched()
+    level = logging.INFO if processes.is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     try:
-        fitted = fit_from_settings(FitSettings.from_yaml(given.config), given.output_dir, resume=given.resume)
+        settings = FitSettings.from_yaml(given.config)
+        fitted = fit_from_settings(settings, given.output_dir, resume=given.resume, processes=processes)
     except LlmrecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not processes.is_main:
+        return 0
     print(fitted.before)
     print(f"\n{fitted.semantic_ids.report}")
     print(f"saved in {given.output_dir}")

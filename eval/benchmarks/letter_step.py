@@ -24,8 +24,11 @@ def step_functions(num_items: int, width: int):
     import numpy as np
     import torch
 
+    from llmrec.item_tokenizers.fit_loop import TrainBatch
+    from llmrec.item_tokenizers.item_vectors import ItemBatch
     from llmrec.item_tokenizers.letter import LetterConfig, LetterTokenizer
     from llmrec.item_tokenizers.rq_vae import RQVAE, RQVAEConfig, RQVAETokenizer
+    from llmrec.processes import Processes
 
     draws = torch.Generator().manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(num_items, width, generator=draws), dim=1)
@@ -37,13 +40,15 @@ def step_functions(num_items: int, width: int):
         module.input_scale.fill_(width**-0.5)
         module.quantizer.initialise(module.latents(text), "random", np.random.default_rng(0))
         tokenizer.start_epoch(module, 0)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
-        rows = torch.arange(tokenizer.config.batch_size)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3, fused=True)
+        size = tokenizer.config.batch_size
+        items = ItemBatch({modality: tensor[:size] for modality, tensor in vectors.items()}, {})
+        batch = TrainBatch(items, size, Processes.alone("cpu"), draws)
 
-        def step(tokenizer=tokenizer, module=module, optimizer=optimizer, rows=rows):
-            loss = tokenizer.batch_loss(module, rows, vectors, draws)
+        def step(tokenizer=tokenizer, module=module, optimizer=optimizer, batch=batch):
+            losses = tokenizer.batch_losses(module, batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            sum(losses.values()).backward()
             optimizer.step()
 
         functions[name] = step

@@ -7,8 +7,9 @@ HELP = "fit an item tokenizer"
 EXAMPLES = """example:
   llmrec fit --config tokenizers/synthetic/letter.yaml --output_dir runs/codes
 
-OUTPUT_DIR gets item_tokenizer/, semantic_ids.safetensors and diagnostics.json; `item_tokenizer:` of a recipe takes the
-folder. Paths in the settings file start from the folder that the command is started in."""
+OUTPUT_DIR gets item_tokenizer/, semantic_ids.safetensors, diagnostics.json and report.html; `item_tokenizer:` of a
+recipe takes the folder. Paths in the settings file start from the folder that the command is started in. On several
+processes: `accelerate launch --config_file FILE tokenizers/fit.py`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -278,6 +278,20 @@ class InteractionDataset:
         return cls.from_columns(**columns, items_without_metadata=items_without_metadata)
 
     @classmethod
+    def from_minionerec(
+        cls,
+        folder_or_prefix: PathLike,
+        *,
+        items_without_metadata: WithoutMetadata = "drop",
+        name: str | None = None,
+    ) -> Self:
+        """Reads the layout of MiniOneRec, X.item.json and X.train.csv; see `formats.minionerec.read_minionerec`."""
+        from llmrec.data.formats.minionerec import read_minionerec
+
+        columns = read_minionerec(folder_or_prefix, name=name)
+        return cls.from_columns(**columns, items_without_metadata=items_without_metadata)
+
+    @classmethod
     def from_hub(cls, path: str, **options: Any) -> Self:
         """Reads what `datasets.load_dataset` reads, Hub or local; `formats.hub.read_hub` describes the options."""
         from llmrec.data.formats.hub import read_hub

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmrec.data.formats.files import read_files
 from llmrec.data.formats.hub import read_hub
+from llmrec.data.formats.minionerec import is_minionerec
 from llmrec.data.interactions import InteractionDataset
 from llmrec.data.synthetic import synthetic_dataset
 from llmrec.errors import MissingPartError, SettingsError
@@ -18,9 +19,10 @@ def load_dataset_from(path_or_name: str | os.PathLike[str], **options: Any) -> I
 
     Args:
         path_or_name: "synthetic"; a folder written by `InteractionDataset.save`; a folder or prefix in the LETTER
-            layout (X.inter.json); a file or a folder of .parquet files; "hub:<what datasets.load_dataset takes>".
-        options: Passed on to what reads it: `synthetic_dataset`, `from_letter`, `from_files` (`items=` and the names
-            of columns, for instance) or `from_hub`. A saved folder takes none.
+            layout (X.inter.json) or the MiniOneRec layout (X.item.json and X.train.csv, X.valid.csv, X.test.csv); a
+            file or a folder of .parquet files; "hub:<what datasets.load_dataset takes>".
+        options: Passed on to what reads it: `synthetic_dataset`, `from_letter`, `from_minionerec`, `from_files`
+            (`items=` and the names of columns, for instance) or `from_hub`. A saved folder takes none.
 
     Raises:
         MissingPartError: Nothing is there.
@@ -44,13 +46,19 @@ def load_dataset_from(path_or_name: str | os.PathLike[str], **options: Any) -> I
         or (path.is_dir() and any(path.glob("*.inter.json")))
     ):
         return InteractionDataset.from_letter(path, **_checked(options, InteractionDataset.from_letter, text))
+    if is_minionerec(path):
+        return InteractionDataset.from_minionerec(path, **_checked(options, InteractionDataset.from_minionerec, text))
     if not path.exists():
         raise MissingPartError(
-            f"there is no data set {text!r}: give 'synthetic', a saved data set, a folder with X.inter.json, a .csv,"
-            " .tsv, .jsonl or .parquet file, or 'hub:' and a name on the Hub"
+            f"there is no data set {text!r}: give 'synthetic', a saved data set, a folder with X.inter.json (LETTER)"
+            " or X.item.json and X.train.csv (MiniOneRec), a .csv, .tsv, .jsonl or .parquet file, or 'hub:' and a name"
+            " on the Hub"
         )
     if path.is_dir() and not any(path.glob("*.parquet")):
-        raise MissingPartError(f"the folder {text} holds neither dataset.json nor X.inter.json nor .parquet files")
+        raise MissingPartError(
+            f"the folder {text} holds neither dataset.json nor X.inter.json nor X.item.json with X.train.csv nor"
+            " .parquet files"
+        )
     return InteractionDataset.from_files(path, **_checked(options, read_files, text))
 
 

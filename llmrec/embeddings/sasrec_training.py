@@ -9,20 +9,17 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from llmrec.embeddings.catalogue_cross_entropy import catalogue_cross_entropy
+from llmrec.embeddings.epoch_checkpoint import EpochCheckpoint, Progress
 from llmrec.embeddings.sasrec_layers import pad_right
-from llmrec.embeddings.weights import load_exactly
 from llmrec.errors import DataError, LlmrecError
-from llmrec.files import atomic_folder, check_format, read_json, write_json
 
 if TYPE_CHECKING:
     from llmrec.data.interactions import InteractionDataset
@@ -31,19 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_VERSION = 1
 WARMUP_SHARE = 0.05
 LENGTH_GROUPS = 6  # parts of a batch, by length, that pass the blocks one after the other: little padding
-
-
-@dataclass
-class _Progress:
-    """What is known after an epoch; goes into the checkpoint as it is."""
-
-    epochs_done: int = 0
-    best_epoch: int = 0
-    best_ndcg: float = -1.0  # NDCG@10 on the validation examples, seen items kept
-    epochs_without_gain: int = 0
 
 
 def train_sasrec(
@@ -68,8 +54,10 @@ def train_sasrec(
     model.item_counts.copy_(torch.from_numpy(np.bincount(train.flat_items, minlength=train.num_items)))
 
     optimizer = _optimizer(model)
-    progress, best = _Progress(), copy.deepcopy(model.state_dict())
-    checkpoint = None if checkpoint_dir is None else _Checkpoint(Path(checkpoint_dir), model, train, validation)
+    progress, best = Progress(), copy.deepcopy(model.state_dict())
+    checkpoint = None
+    if checkpoint_dir is not None:
+        checkpoint = EpochCheckpoint(Path(checkpoint_dir) / "sasrec_last_epoch", config, train, validation)
     if checkpoint is not None and checkpoint.exists():
         progress, best = checkpoint.load(model, optimizer)
         logger.info("SASRec goes on after epoch %d, from %s", progress.epochs_done, checkpoint.folder)
@@ -203,66 +191,3 @@ def _length_groups(batch: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
     size = math.ceil(len(batch) / LENGTH_GROUPS)
     for start in range(0, len(by_length), size):
         yield by_length[start : start + size]
-
-
-class _Checkpoint:
-    """State after an epoch: safetensors for weights and the optimizer's tensors, JSON for the rest."""
-
-    def __init__(self, folder: Path, model: "SASRec", train: "InteractionDataset", validation: "EvaluationSet | None"):
-        self.folder = folder / "sasrec_last_epoch"
-        self._run = {
-            "config": asdict(model.config),
-            "dataset_fingerprint": train.fingerprint,
-            "validation_fingerprint": None if validation is None else validation.fingerprint,
-        }
-
-    def exists(self) -> bool:
-        return self.folder.is_dir()
-
-    def save(
-        self,
-        model: "SASRec",
-        optimizer: torch.optim.AdamW,
-        progress: _Progress,
-        best: dict[str, torch.Tensor],
-    ) -> None:
-        moments = {
-            f"{number}.{name}": tensor.detach().cpu().contiguous()
-            for number, tensors in optimizer.state_dict()["state"].items()
-            for name, tensor in tensors.items()
-        }
-        with atomic_folder(self.folder) as temporary:
-            save_file(
-                {name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary / "last.safetensors"
-            )
-            save_file({name: tensor.cpu() for name, tensor in best.items()}, temporary / "best.safetensors")
-            save_file(moments, temporary / "optimizer.safetensors")
-            content = {"format_version": CHECKPOINT_VERSION, "run": self._run, "progress": asdict(progress)}
-            write_json(temporary / "progress.json", content)
-
-    def load(self, model: "SASRec", optimizer: torch.optim.AdamW) -> tuple[_Progress, dict[str, torch.Tensor]]:
-        """Puts weights and optimizer state back.
-
-        Raises:
-            DataError: The checkpoint is of other data or other settings.
-            MissingPartError: One of its files is missing.
-        """
-        content = read_json(self.folder / "progress.json")
-        check_format(content, CHECKPOINT_VERSION, self.folder / "progress.json")
-        different = [name for name, value in self._run.items() if content["run"].get(name) != value]
-        if different:
-            raise DataError(
-                f"the checkpoint in {self.folder} is of another run ({', '.join(different)} differ): remove it, or"
-                " choose another checkpoint_dir"
-            )
-        device = str(model.item_table.weight.device)
-        tensors = {}
-        for name in ("last", "best", "optimizer"):
-            tensors[name] = load_file(self.folder / f"{name}.safetensors", device=device)
-        load_exactly(model, tensors["last"], self.folder / "last.safetensors")
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors["optimizer"].items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return _Progress(**content["progress"]), tensors["best"]

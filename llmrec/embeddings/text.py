@@ -4,20 +4,17 @@ After LETTER's inputs (as its published code does): every field is encoded on it
 mean over its fields. The encoders are in `text_encoders.py`; nothing here knows how a text becomes a vector.
 """
 
-import hashlib
-import json
 import logging
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
 
 from llmrec.embeddings.base import ItemEmbeddings
+from llmrec.embeddings.cache import cache_path, read_cache, weight_files, write_cache
 from llmrec.embeddings.text_encoders import (
     EncoderSettings,
     encode_tfidf,
@@ -26,6 +23,7 @@ from llmrec.embeddings.text_encoders import (
 )
 from llmrec.errors import DataError, LlmrecError, MissingPartError, SettingsError
 from llmrec.pretrained import PretrainedSource, resolve_pretrained
+from llmrec.processes import Processes
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 TFIDF = "tfidf"
 TFIDF_WIDTH = 256
-CACHE_VERSION = 1  # raised whenever the same texts and settings would give other vectors
+CACHE_VERSION = 2  # raised whenever the same texts and settings would give other vectors
 
 
 def embed_text(
@@ -50,12 +48,14 @@ def embed_text(
     device: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> ItemEmbeddings:
     """Embeds the text of every item.
 
     An item's vector is the mean of the vectors of its fields, each encoded apart (LETTER). A field that is missing or
-    blank for an item is left out of its mean. An item without any text gets the mean vector of all other items; how
-    many there are is logged and stands in `source["items_without_text"]`. Equal texts are encoded once.
+    blank for an item is left out of its mean. An item without any text gets the mean vector of all other items and
+    `present` False; how many there are is logged and stands in `source["items_without_text"]`. Equal texts are encoded
+    once.
 
     Args:
         items: The catalogue, one row an item, with column "item_id" (string) and the columns of `fields`. A list in a
@@ -72,10 +72,14 @@ def embed_text(
         max_length: Tokens read of each field; the rest is cut. None: the sentence-transformers model's own length,
             else 512 or what the model can take. LETTER uses 2048.
         dtype: "float32", "bfloat16" or "float16" for the weights. The mean is always float32.
-        device: A torch device, None for the first GPU or else the CPU. Not part of the cache key.
+        device: A torch device, None for that of `processes`, or without them the first GPU or else the CPU. Not part
+            of the cache key.
         revision: Branch, tag or commit of a Hub ID.
         cache_dir: Folder for results, keyed by a hash of item IDs, texts, encoder and settings; a result found there
             is returned without loading the model. None: no cache.
+        processes: Processes that share the work, each encoding its part of the texts and all getting all vectors;
+            every one of them must make this call. TF-IDF is computed by the main one alone, because its SVD needs all
+            texts at once. None: this process does everything.
 
     Returns:
         Embeddings in the order of `items`.
@@ -95,33 +99,41 @@ def embed_text(
         raise SettingsError(f"width is {width}: it must be at least 1")
     if pooling not in ("auto", "mean", "sentence-transformers"):
         raise SettingsError(f"pooling is {pooling!r}: choose auto, mean or sentence-transformers")
-    settings = EncoderSettings(batch_size, max_length, dtype, device, revision)
+    processes = processes or Processes.alone(device)
+    settings = EncoderSettings(
+        batch_size, max_length, dtype, device or str(processes.device), revision, show_progress=processes.is_main
+    )
     item_ids, texts = item_texts(items, fields)
-    if encoder == TFIDF:
-        key_settings: dict[str, Any] = {"encoder": TFIDF, "width": width or TFIDF_WIDTH}
-    else:
-        pretrained = resolve_pretrained(encoder)
-        key_settings = {"encoder": encoder, "width": width, "pooling": pooling, **asdict(settings)}
-        del key_settings["device"], key_settings["batch_size"]
-        key_settings["files"] = _weight_files(pretrained)
-
+    without_text = sum(all(field is None for field in item) for item in texts)
+    if without_text and processes.is_main:
+        logger.warning(
+            "%d of %d items have no text in %s: they are masked, with the mean vector of all others in their rows",
+            without_text,
+            len(texts),
+            ", ".join(fields),
+        )
+    pretrained = None if encoder == TFIDF else resolve_pretrained(encoder)
     path = None
     if cache_dir is not None:
-        content = [CACHE_VERSION, item_ids, texts, key_settings]
-        digest = hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-        path = Path(cache_dir) / f"text-{digest[:32]}.safetensors"
-        cached = _read_cache(path, item_ids)
+        key_settings: dict[str, Any] = {"encoder": TFIDF, "width": width or TFIDF_WIDTH}
+        if pretrained is not None:
+            key_settings = {"encoder": encoder, "width": width, "pooling": pooling, "max_length": max_length}
+            key_settings |= {"dtype": dtype, "revision": revision, "files": weight_files(pretrained)}
+        path = cache_path(cache_dir, "text", [CACHE_VERSION, item_ids, texts, key_settings])
+        cached = read_cache(path, item_ids, processes)
         if cached is not None:
             return cached
 
     rows, unique = _distinct(texts)
-    if encoder == TFIDF:
-        vectors = encode_tfidf(unique, width=width or TFIDF_WIDTH)
-    elif _uses_sentence_transformers(pretrained, pooling, revision):
-        vectors = encode_with_sentence_transformers(unique, pretrained, settings=settings)
+    if pretrained is None:
+        own = encode_tfidf(unique, width=width or TFIDF_WIDTH) if processes.is_main else None
+        vectors = processes.broadcast(own)
     else:
-        vectors = encode_with_transformers(unique, pretrained, settings=settings)
-    without_text = sum(all(field is None for field in item) for item in texts)
+        by_themselves = _uses_sentence_transformers(pretrained, pooling, revision)
+        encode = encode_with_sentence_transformers if by_themselves else encode_with_transformers
+        part = processes.part(len(unique))
+        own = encode(unique[part] or unique[:1], pretrained, settings=settings)  # never none at all: D must be known
+        vectors = processes.gather_array(own[: part.stop - part.start])
     source = {
         "kind": "text",
         "encoder": encoder,
@@ -132,11 +144,13 @@ def embed_text(
         "max_length": max_length,
         "pooling": pooling if encoder != TFIDF else None,
     }
-    embeddings = ItemEmbeddings(item_ids, _average_fields(vectors, rows), source)
+    embeddings = ItemEmbeddings(
+        item_ids, _average_fields(vectors, rows), source, present=np.asarray((rows >= 0).any(axis=1))
+    )
     if encoder != TFIDF and width is not None:
         embeddings = embeddings.reduce(width)
     if path is not None:
-        embeddings.save(path)
+        write_cache(path, embeddings, processes)
     return embeddings
 
 
@@ -159,13 +173,6 @@ def item_texts(items: "datasets.Dataset", fields: Sequence[str]) -> tuple[tuple[
     without = sum(all(field is None for field in item) for item in texts)
     if without == len(texts):
         raise DataError(f"none of the {len(texts)} items has any text in {', '.join(fields)}: nothing to embed")
-    if without:
-        logger.warning(
-            "%d of %d items have no text in %s: they get the mean vector of all others",
-            without,
-            len(texts),
-            ", ".join(fields),
-        )
     return tuple(items["item_id"]), texts
 
 
@@ -192,7 +199,7 @@ def _distinct(texts: Sequence[Sequence[str | None]]) -> tuple[np.ndarray, list[s
 
 
 def _average_fields(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Mean over the present fields of each item; the mean of all such items where it has none. float32 [N, D]."""
+    """Mean over the fields that each item has; the mean of all such items where it has none. float32 [N, D]."""
     total = np.zeros((len(rows), vectors.shape[1]), dtype=np.float64)
     count = np.zeros(len(rows), dtype=np.int64)
     for field_rows in rows.T:
@@ -227,24 +234,3 @@ def _uses_sentence_transformers(source: PretrainedSource, pooling: str, revision
     except EntryNotFoundError:
         return False
     return True
-
-
-def _weight_files(source: PretrainedSource) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file of a local model: other weights in the same folder are other keys."""
-    if source.is_hub_id:
-        return []
-    folder = Path(source.path)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-def _read_cache(path: Path, item_ids: Sequence[str]) -> ItemEmbeddings | None:
-    if not path.is_file():
-        return None
-    try:
-        embeddings = ItemEmbeddings.load(path, item_ids=item_ids)
-    except (LlmrecError, SafetensorError) as error:
-        logger.warning("the cached embeddings %s can't be read and are made again: %s", path, error)
-        return None
-    logger.info("text embeddings read from %s", path)
-    return embeddings

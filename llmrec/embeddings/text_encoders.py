@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from llmrec.embeddings.weights import refuse_random_weights
 from llmrec.errors import DataError, SettingsError
 from llmrec.pretrained import PretrainedSource, load_text_tokenizer
 
@@ -89,7 +90,7 @@ def encode_with_sentence_transformers(
     )
     if settings.max_length is not None:
         model.max_seq_length = min(settings.max_length, model.max_seq_length or settings.max_length)
-    progress = tqdm(total=len(texts), desc="Encoding texts", unit="text", disable=None)
+    progress = tqdm(total=len(texts), desc="Encoding texts", unit="text", disable=settings.bar_disabled)
     parts = []
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     with progress:
@@ -110,6 +111,7 @@ class EncoderSettings:
     dtype: str = "float32"
     device: str | None = None
     revision: str | None = None
+    show_progress: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -126,6 +128,11 @@ class EncoderSettings:
 
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    @property
+    def bar_disabled(self) -> bool | None:
+        """For tqdm: None leaves it to tqdm, which shows bars on terminals only."""
+        return None if self.show_progress else True
+
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -140,6 +147,9 @@ def encode_with_transformers(
 
     Returns:
         float32 [len(texts), hidden size].
+
+    Raises:
+        MissingPartError: The files of the model lack some of its weights.
     """
     import torch
     from transformers import AutoModel
@@ -148,7 +158,11 @@ def encode_with_transformers(
     text_tokenizer = load_text_tokenizer(source.path, **hub)
     text_tokenizer.padding_side = "right"
     dtype = getattr(torch, settings.dtype)
-    model = AutoModel.from_pretrained(source.path, dtype=dtype, **source.load_arguments, **hub)
+    model, loading = AutoModel.from_pretrained(
+        source.path, dtype=dtype, output_loading_info=True, **source.load_arguments, **hub
+    )
+    # A pooler would come after the last hidden state, and of an encoder-decoder model the encoder is used.
+    refuse_random_weights(loading["missing_keys"], source.path, unused=("pooler.", "decoder."))
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     model = model.to(settings.resolved_device).eval()
@@ -156,11 +170,11 @@ def encode_with_transformers(
 
     token_ids = text_tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     full = sum(len(ids) >= max_length for ids in token_ids)
-    if full:
+    if full and settings.show_progress:
         logger.info("%d of %d texts reach max_length (%d tokens): what is beyond is cut", full, len(texts), max_length)
     order = sorted(range(len(texts)), key=lambda row: (-len(token_ids[row]), row))
     parts = []
-    with tqdm(total=len(texts), desc="Encoding texts", unit="text", disable=None) as progress:
+    with tqdm(total=len(texts), desc="Encoding texts", unit="text", disable=settings.bar_disabled) as progress:
         for start in range(0, len(order), settings.batch_size):
             batch = [token_ids[row] for row in order[start : start + settings.batch_size]]
             parts.append(_mean_hidden(model, batch, text_tokenizer.pad_token_id))

@@ -1,6 +1,6 @@
 """Saved tensors go back into a model exactly, or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,3 +29,22 @@ def load_exactly(model: nn.Module, state: Mapping[str, torch.Tensor], source: st
                 " settings and the items"
             )
     model.load_state_dict(dict(state))
+
+
+def refuse_random_weights(missing: Iterable[str], source: str, *, unused: tuple[str, ...] = ()) -> None:
+    """Refuses a pretrained model that transformers filled up with random weights, which it only logs.
+
+    Args:
+        missing: Names of the weights that the files lack.
+        source: Folder or Hub ID, for the message.
+        unused: Names that may be missing begin with one of these: what they name isn't used.
+
+    Raises:
+        MissingPartError: Another weight is missing.
+    """
+    needed = sorted(name for name in missing if not name.startswith(unused))
+    if needed:
+        raise MissingPartError(
+            f"{source} lacks {len(needed)} weight(s) of its model, first {needed[0]!r}, and random ones would stand in"
+            " their place: its files and its config.json don't belong together"
+        )

@@ -1,8 +1,9 @@
 """Clusterings that codebooks start from, and that LETTER's diversity loss groups codes by: NumPy and scikit-learn.
 
 LETTER's authors use the package k-means-constrained (a minimum-cost flow in each round, started in a pool of ten
-processes). Here clusters keep to their size limits by vectorised greedy rules: not the cheapest assignment, but in
-milliseconds for 256 codes and in seconds for a catalogue, and for any number of vectors.
+processes). Here clusters keep to their size limits by vectorised greedy rules: not the cheapest assignment, which is
+in `balanced_assignment.py`, but in milliseconds for 256 codes, in seconds for a catalogue, and for any number of
+vectors.
 """
 
 import warnings
@@ -11,7 +12,7 @@ import numpy as np
 from sklearn.cluster import KMeans, MiniBatchKMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 
-from llmrec.errors import SettingsError
+from llmrec.item_tokenizers.balanced_assignment import check_sizes
 
 MINI_BATCH_ABOVE = 100_000  # vectors; above, k-means in mini-batches
 
@@ -31,6 +32,32 @@ def _spread(centres: np.ndarray, vectors: np.ndarray, num_clusters: int, generat
     return np.concatenate([centres, drawn + noise]).astype(np.float32)
 
 
+def _few_distinct(vectors: np.ndarray, num_clusters: int) -> np.ndarray | None:
+    """The different vectors, where they are no more than `num_clusters`; looked for only in few vectors."""
+    if len(vectors) > 4 * num_clusters:
+        return None
+    distinct = np.unique(vectors, axis=0)
+    return distinct if len(distinct) <= num_clusters else None
+
+
+def start_centres(vectors: np.ndarray, num_clusters: int, generator: np.random.Generator) -> np.ndarray:
+    """Centres by k-means++; with no more different vectors than centres, these, and others close by.
+
+    Args:
+        vectors: float [N, d], N >= 1.
+        num_clusters: K.
+        generator: Source of all draws.
+
+    Returns:
+        float32 [K, d].
+    """
+    distinct = _few_distinct(vectors, num_clusters)
+    if distinct is not None:
+        return _spread(distinct, vectors, num_clusters, generator)
+    centres, _ = kmeans_plusplus(vectors, num_clusters, random_state=_random_state(generator))
+    return centres.astype(np.float32)
+
+
 def kmeans_centres(
     vectors: np.ndarray, num_clusters: int, generator: np.random.Generator, *, iterations: int = 100
 ) -> np.ndarray:
@@ -48,10 +75,9 @@ def kmeans_centres(
     Returns:
         float32 [K, d].
     """
-    if len(vectors) <= 4 * num_clusters:  # cheap to look, and only there can it be
-        distinct = np.unique(vectors, axis=0)
-        if len(distinct) <= num_clusters:
-            return _spread(distinct, vectors, num_clusters, generator)
+    distinct = _few_distinct(vectors, num_clusters)
+    if distinct is not None:
+        return _spread(distinct, vectors, num_clusters, generator)
     algorithm = KMeans if len(vectors) <= MINI_BATCH_ABOVE else MiniBatchKMeans
     model = algorithm(num_clusters, n_init=1, max_iter=iterations, random_state=_random_state(generator))
     with warnings.catch_warnings():
@@ -90,26 +116,20 @@ def constrained_kmeans(
         SettingsError: N vectors don't fit into such clusters.
     """
     count = len(vectors)
-    if not 0 <= min_size <= max_size or not num_clusters * min_size <= count <= num_clusters * max_size:
-        raise SettingsError(
-            f"{count} vectors don't fit into {num_clusters} clusters of {min_size} to {max_size}: the limits must"
-            f" hold {count / num_clusters:.1f} between them"
-        )
+    check_sizes(count, num_clusters, min_size, max_size)
     vectors = np.asarray(vectors, dtype=np.float32)
-    start = min(num_clusters, count)
-    centres, _ = kmeans_plusplus(vectors, start, random_state=_random_state(generator))
-    centres = _spread(centres, vectors, num_clusters, generator)
+    centres = start_centres(vectors, num_clusters, generator)
     labels = np.full(count, -1, dtype=np.int64)
     squares = (vectors**2).sum(1)[:, None]
     for _ in range(iterations):
         distances = squares + (centres**2).sum(1) - 2.0 * vectors @ centres.T  # [N, C]
         before, labels = labels, _assign_up_to(distances, max_size)
         _fill_up_to(labels, distances, min_size)
-        sums = np.zeros((num_clusters, vectors.shape[1]), dtype=np.float64)
-        np.add.at(sums, labels, vectors)
         sizes = np.bincount(labels, minlength=num_clusters)
         filled = sizes > 0
-        centres[filled] = sums[filled] / sizes[filled, None]
+        starts = (np.cumsum(sizes) - sizes)[filled]
+        sums = np.add.reduceat(vectors[np.argsort(labels, kind="stable")], starts, axis=0, dtype=np.float64)
+        centres[filled] = sums / sizes[filled, None]
         if np.array_equal(before, labels):
             break
     return centres, labels

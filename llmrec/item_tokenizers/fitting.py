@@ -3,36 +3,48 @@
 Loads items, makes their embeddings, fits an item tokenizer, makes the codes unique, measures them, saves all of it.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmrec.data.interactions import InteractionDataset
 from llmrec.data.loading import load_dataset_from
-from llmrec.data.splits import leave_one_out
 from llmrec.embeddings.base import ItemEmbeddings
-from llmrec.embeddings.collaborative import SASRec, SASRecConfig
-from llmrec.embeddings.text import embed_text
+from llmrec.embeddings.sources import EmbeddingSource, make_embeddings
 from llmrec.errors import SettingsError
 from llmrec.files import write_json
-from llmrec.item_tokenizers.base import ItemTokenizer
+from llmrec.item_tokenizers.base import ItemTokenizer, Monitor, QuantizedItems
 from llmrec.item_tokenizers.diagnostics import CodeDiagnostics, diagnose
 from llmrec.item_tokenizers.fit_loop import CHECKPOINT_NAME
+from llmrec.item_tokenizers.given_codes import GivenCodesTokenizer
 from llmrec.item_tokenizers.letter import LetterTokenizer
+from llmrec.item_tokenizers.report.page import write_html_report
+from llmrec.item_tokenizers.rq_kmeans import RQKMeansTokenizer
+from llmrec.item_tokenizers.rq_kmeans_plus import RQKMeansPlusTokenizer
 from llmrec.item_tokenizers.rq_vae import RQVAETokenizer
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
+from llmrec.item_tokenizers.simcit import SimCITTokenizer
+from llmrec.processes import Processes
 from llmrec.settings import read_settings, settings_from
 
 logger = logging.getLogger(__name__)
 
-METHODS: dict[str, type[ItemTokenizer]] = {"letter": LetterTokenizer, "rq_vae": RQVAETokenizer}
+METHODS: dict[str, type[ItemTokenizer]] = {
+    "rq_vae": RQVAETokenizer,
+    "rq_kmeans": RQKMeansTokenizer,
+    "rq_kmeans_plus": RQKMeansPlusTokenizer,
+    "letter": LetterTokenizer,
+    "simcit": SimCITTokenizer,
+}
+GIVEN_CODES = "given_codes"
 TOKENIZER_FOLDER = "item_tokenizer"
 SEMANTIC_IDS_FILE = "semantic_ids.safetensors"
-SASREC_FOLDER = "sasrec"
-TRAIN_SASREC = "sasrec"
+DIAGNOSTICS_FILE = "diagnostics.json"
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -40,17 +52,15 @@ class FitSettings:
     """What a settings file of `tokenizers/` holds.
 
     Attributes:
-        method: "letter" or "rq_vae".
+        method: "rq_vae", "rq_kmeans", "rq_kmeans_plus", "letter", "simcit", or "given_codes".
         dataset: As `load_dataset_from` takes it; paths from the folder the command is started in.
         dataset_options: Its keyword arguments.
-        text: Keyword arguments of `embed_text`: encoder, fields, ...
-        collaborative: Where the collaborative vectors come from, for methods that take them: a `.npy` (row i is item
-            i) or `.safetensors` file of embeddings, the folder of a saved SASRec, or "sasrec": one is trained here, on
-            the training part of a leave-one-out split.
-        collaborative_width: Reduces them to that many values; LETTER needs `codebook_dim`.
-        sasrec: Fields of `SASRecConfig`, for "sasrec".
+        embeddings: Modality to where its vectors come from, `{from: text, ...}`: see `EmbeddingSource`. LETTER reads
+            "text" and "collaborative", SimCIT any number under any names, the others one under any name.
         item_tokenizer: Fields of the method's config.
+        index: The published index file (JSON), for "given_codes".
         uniqueness_policy: See `SemanticIds.make_unique`.
+        log_with: Trackers of accelerate that get what is measured while fitting: "tensorboard", "wandb", "trackio".
 
     Raises:
         SettingsError: Unknown method, or a setting that fits none.
@@ -59,23 +69,35 @@ class FitSettings:
     method: str
     dataset: str
     dataset_options: dict[str, Any] = field(default_factory=dict)
-    text: dict[str, Any] = field(default_factory=dict)
-    collaborative: str | None = None
-    collaborative_width: int | None = None
-    sasrec: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, Any] = field(default_factory=dict)
     item_tokenizer: dict[str, Any] = field(default_factory=dict)
+    index: str | None = None
     uniqueness_policy: str = "min_cost"
+    log_with: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        sources = self.sources()
+        if (self.method == GIVEN_CODES) != (self.index is not None):
+            raise SettingsError(
+                f"index is {self.index!r} and method {self.method!r}: given_codes, and only it, has an index file"
+            )
+        if self.method == GIVEN_CODES:
+            if self.item_tokenizer:
+                raise SettingsError("given_codes has no settings of an item tokenizer: remove item_tokenizer")
+            return
         self.new_tokenizer()  # refuses unknown methods and settings before any work
-        needs_collaborative = "collaborative" in METHODS[self.method].modalities
-        if needs_collaborative and self.collaborative is None:
-            raise SettingsError(f"{self.method} needs collaborative vectors: set collaborative (a file, or 'sasrec')")
-        if not needs_collaborative and self.collaborative is not None:
-            raise SettingsError(f"{self.method} takes no collaborative vectors: remove the setting collaborative")
-        if self.sasrec and self.collaborative != TRAIN_SASREC:
-            raise SettingsError(f"sasrec settings are given, but collaborative is {self.collaborative!r}: remove one")
-        settings_from(SASRecConfig, self.sasrec, "sasrec")
+        needed = METHODS[self.method].modalities
+        if not sources or (len(needed) > 1 and set(sources) != set(needed)) or (len(needed) == 1 != len(sources)):
+            any_names = "one modality" if needed else "one or more modalities"
+            wanted = " and ".join(needed) if len(needed) > 1 else any_names
+            raise SettingsError(
+                f"{self.method} needs embeddings of {wanted}, found {', '.join(sources) or 'none'}: set embeddings,"
+                " such as {text: {from: text, fields: [title]}}"
+            )
+
+    def sources(self) -> dict[str, EmbeddingSource]:
+        """Where the vectors of each modality come from."""
+        return {name: EmbeddingSource.from_settings(name, values) for name, values in self.embeddings.items()}
 
     def new_tokenizer(self) -> ItemTokenizer:
         """The unfitted item tokenizer that these settings describe."""
@@ -108,13 +130,36 @@ class FittedItems:
     before: CodeDiagnostics
     after: CodeDiagnostics
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `item_tokenizer/`, `semantic_ids.safetensors` and `diagnostics.json` into a folder."""
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        embeddings: Mapping[str, ItemEmbeddings] | None = None,
+        titles: Sequence[str] | None = None,
+    ) -> None:
+        """Writes `item_tokenizer/`, `semantic_ids.safetensors`, `diagnostics.json` and `report.html` into a folder.
+
+        Args:
+            folder: Made where it isn't there.
+            embeddings: Of the items; the first are what the report's map is drawn from.
+            titles: Of the items, for the map.
+        """
         folder = Path(folder)
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         self.semantic_ids.save(folder / SEMANTIC_IDS_FILE)
+        history = list(self.tokenizer.fit_history)
         content = {"before": dataclasses.asdict(self.before), "after": dataclasses.asdict(self.after)}
-        write_json(folder / "diagnostics.json", {"format_version": 1, **content})
+        write_json(folder / DIAGNOSTICS_FILE, {"format_version": 1, **content, "fit_history": history})
+        write_html_report(
+            folder / REPORT_FILE,
+            title=f"{type(self.tokenizer).__name__} on {len(self.semantic_ids):,} items",
+            before=self.before,
+            after=self.after,
+            semantic_ids=self.semantic_ids,
+            map_embeddings=next(iter(embeddings.values())) if embeddings else None,
+            item_titles=titles,
+            history=history,
+        )
 
 
 def new_item_tokenizer(method: str, settings: Mapping[str, Any]) -> ItemTokenizer:
@@ -124,7 +169,7 @@ def new_item_tokenizer(method: str, settings: Mapping[str, Any]) -> ItemTokenize
         SettingsError: Unknown method or field.
     """
     if method not in METHODS:
-        raise SettingsError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        raise SettingsError(f"unknown method {method!r}; known: {', '.join(METHODS)}, {GIVEN_CODES}")
     config_class = METHODS[method].config_class
     return METHODS[method](settings_from(config_class, settings, f"item_tokenizer ({config_class.__name__})"))
 
@@ -136,67 +181,104 @@ def fit_item_tokenizer(
     policy: str = "min_cost",
     progress: bool | None = None,
     checkpoint_folder: str | Path | None = None,
+    processes: Processes | None = None,
+    monitor: Monitor | None = None,
 ) -> FittedItems:
     """Fits, encodes, makes unique and measures. Arguments as in `ItemTokenizer.fit` and `encode`."""
-    tokenizer.fit(embeddings, progress=progress, checkpoint_folder=checkpoint_folder)
-    semantic_ids = tokenizer.encode(embeddings, policy=policy)
-    before = diagnose(tokenizer.encode(embeddings, policy="allow"))
-    logger.info("uniqueness: %s", semantic_ids.report)
-    return FittedItems(tokenizer, semantic_ids, before, diagnose(semantic_ids))
+    tokenizer.fit(
+        embeddings, progress=progress, checkpoint_folder=checkpoint_folder, processes=processes, monitor=monitor
+    )
+    quantized = tokenizer.quantize_catalogue(embeddings, processes=processes)
+    return measure_codes(tokenizer, quantized, embeddings, policy=policy)
 
 
-def make_embeddings(
-    settings: FitSettings, dataset: InteractionDataset, output_folder: Path
-) -> dict[str, ItemEmbeddings]:
-    """The embeddings that the method of these settings needs, by modality, in catalogue order.
+def measure_codes(
+    tokenizer: ItemTokenizer,
+    quantized: QuantizedItems,
+    embeddings: Mapping[str, ItemEmbeddings],
+    *,
+    policy: str = "min_cost",
+) -> FittedItems:
+    """Makes the codes of a catalogue unique, and measures them before and after.
 
     Args:
-        settings: See `FitSettings`.
-        dataset: The catalogue, and the histories that a SASRec is trained on.
-        output_folder: Where a SASRec that was trained here is saved, in `sasrec/`.
+        tokenizer: What the codes are from.
+        quantized: Of the catalogue.
+        embeddings: By name; in each of them the nearest neighbours of items are looked at.
+        policy: See `SemanticIds.make_unique`.
     """
-    embeddings = {"text": embed_text(dataset.items, **settings.text)}
-    if settings.collaborative is None:
-        return embeddings
-    source = Path(settings.collaborative)
-    if settings.collaborative == TRAIN_SASREC:
-        splits = leave_one_out(dataset)
-        config = settings_from(SASRecConfig, settings.sasrec, "sasrec")
-        sasrec = SASRec.fit(splits.train, config, splits.validation)
-        sasrec.save_pretrained(output_folder / SASREC_FOLDER)
-        collaborative = sasrec.item_embeddings()
-    elif source.is_dir():
-        collaborative = SASRec.from_pretrained(source).item_embeddings()
-        collaborative.check_order(dataset.item_ids, f"the SASRec in {source}")
-    else:
-        collaborative = ItemEmbeddings.load(source, item_ids=dataset.item_ids)
-    if settings.collaborative_width is not None and settings.collaborative_width != collaborative.width:
-        collaborative = collaborative.reduce(settings.collaborative_width)
-    return embeddings | {"collaborative": collaborative}
+    semantic_ids = quantized.make_unique(policy)
+    logger.info("uniqueness: %s", semantic_ids.report)
+    before = diagnose(quantized.semantic_ids, geometry=quantized.geometry)
+    after = diagnose(semantic_ids, geometry=quantized.geometry, neighbours=embeddings)
+    return FittedItems(tokenizer, semantic_ids, before, after)
 
 
 def fit_from_settings(
-    settings: FitSettings, output_folder: str | Path, *, progress: bool | None = None, resume: bool = False
+    settings: FitSettings,
+    output_folder: str | Path,
+    *,
+    dataset: InteractionDataset | None = None,
+    progress: bool | None = None,
+    resume: bool = False,
+    processes: Processes | None = None,
 ) -> FittedItems:
     """Does all that a settings file asks for and saves the result into `output_folder`.
 
     Args:
         settings: See `FitSettings`.
-        output_folder: Gets what `FittedItems.save` writes.
+        output_folder: Gets what `FittedItems.save` writes, and collaborative models that were trained here.
+        dataset: The data set, where it is loaded already (and filtered, maybe); None: as the settings say.
         progress: Whether to show progress bars; None: on a terminal.
-        resume: Whether to keep a checkpoint in `output_folder` while fitting, and go on from one that is there.
+        resume: Whether to keep checkpoints in `output_folder` while fitting, and go on from those that are there.
+        processes: Who fits together; all of them call this, the main one writes. None: this one alone.
     """
-    output_folder = Path(output_folder)
-    tokenizer = settings.new_tokenizer()
-    dataset = load_dataset_from(settings.dataset, **settings.dataset_options)
-    embeddings = make_embeddings(settings, dataset, output_folder)
-    fitted = fit_item_tokenizer(
-        tokenizer,
-        embeddings,
-        policy=settings.uniqueness_policy,
-        progress=progress,
-        checkpoint_folder=output_folder if resume else None,
-    )
-    fitted.save(output_folder)
-    (output_folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    output_folder, processes = Path(output_folder), processes or Processes.alone()
+    if dataset is None:
+        dataset = load_dataset_from(settings.dataset, **settings.dataset_options)
+    sources, policy = settings.sources(), settings.uniqueness_policy
+    if settings.index is not None:
+        keys = dataset.items["item_key"][:] if "item_key" in dataset.items.column_names else None
+        given = GivenCodesTokenizer.from_index(settings.index, dataset.item_ids, item_keys=keys)
+        embeddings = make_embeddings(sources, dataset, output_folder, processes=processes, resume=resume)
+        fitted = measure_codes(given, QuantizedItems(given.semantic_ids, None), embeddings, policy=policy)
+    else:
+        tokenizer = settings.new_tokenizer()
+        embeddings = make_embeddings(sources, dataset, output_folder, processes=processes, resume=resume)
+        with trackers(settings.log_with, output_folder, processes) as monitor:
+            fitted = fit_item_tokenizer(
+                tokenizer,
+                embeddings,
+                policy=policy,
+                progress=progress,
+                checkpoint_folder=output_folder if resume else None,
+                processes=processes,
+                monitor=monitor,
+            )
+    if processes.is_main:
+        fitted.save(output_folder, embeddings=embeddings, titles=dataset.titles)
+        (output_folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    processes.barrier()
     return fitted
+
+
+@contextlib.contextmanager
+def trackers(names: Sequence[str], folder: Path, processes: Processes) -> Iterator[Monitor | None]:
+    """Accelerate's trackers as a monitor of `ItemTokenizer.fit`; None where none are named.
+
+    Args:
+        names: Of trackers, as accelerate's `log_with`.
+        folder: Where those that write files write them.
+        processes: Who fits; all of them enter this.
+    """
+    if not names:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=processes.device.type == "cpu")
+    accelerator.init_trackers("llmrec")
+    try:
+        yield lambda step, figures: accelerator.log(figures, step=step)
+    finally:
+        accelerator.end_training()

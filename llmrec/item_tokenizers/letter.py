@@ -14,10 +14,13 @@ import torch
 from torch.nn import functional
 
 from llmrec.errors import DataError, SettingsError
+from llmrec.item_tokenizers.base import Monitor
 from llmrec.item_tokenizers.clustering import constrained_kmeans
-from llmrec.item_tokenizers.fit_loop import seeded
+from llmrec.item_tokenizers.fit_loop import TrainBatch, seeded
+from llmrec.item_tokenizers.item_vectors import ItemVectors
 from llmrec.item_tokenizers.quantizers import Initialisation
-from llmrec.item_tokenizers.rq_vae import RQVAE, RQVAEConfig, RQVAETokenizer, rq_vae_loss
+from llmrec.item_tokenizers.rq_vae import RQVAE, RQVAEConfig, RQVAETokenizer, rq_vae_losses
+from llmrec.processes import Processes
 
 MASKED = -1e12
 
@@ -54,7 +57,9 @@ class LetterConfig(RQVAEConfig):
             )
 
 
-def collaborative_loss(quantized: torch.Tensor, collaborative: torch.Tensor) -> torch.Tensor:
+def collaborative_loss(
+    quantized: torch.Tensor, collaborative: torch.Tensor, processes: Processes | None = None
+) -> torch.Tensor:
     """-mean_i log softmax_j(<z_i, h_j>)[i]: each quantised latent finds its own item's vector within the batch.
 
     LETTER, equation of L_CF: raw inner products, no temperature, one direction, in-batch negatives. log(B) where all
@@ -63,9 +68,15 @@ def collaborative_loss(quantized: torch.Tensor, collaborative: torch.Tensor) -> 
     Args:
         quantized: float [B, d], straight-through.
         collaborative: float [B, d], row i of the same item as row i of `quantized`.
+        processes: Where these are one process's part of a batch: the vectors of the other parts are negatives too,
+            and the result is this part's share of the mean.
     """
-    labels = torch.arange(len(quantized), device=quantized.device)
-    return functional.cross_entropy(quantized @ collaborative.t(), labels)
+    candidates, first = collaborative, 0
+    if processes is not None and processes.count > 1:
+        candidates = processes.gather_rows(collaborative)
+        first = processes.part(len(candidates)).start
+    labels = torch.arange(first, first + len(quantized), device=quantized.device)
+    return functional.cross_entropy(quantized @ candidates.t(), labels, reduction="sum") / len(candidates)
 
 
 @dataclass(frozen=True)
@@ -85,41 +96,52 @@ class CodeClusters:
     position: torch.Tensor
 
     @classmethod
-    def from_labels(cls, labels: np.ndarray) -> "CodeClusters":
+    def from_labels(cls, labels: np.ndarray, device: torch.device | str = "cpu") -> "CodeClusters":
         """From the cluster number of each code, int [K]."""
         members = np.argsort(labels, kind="stable")
         sizes = np.bincount(labels)
         starts = np.cumsum(sizes) - sizes
         position = np.empty(len(labels), dtype=np.int64)
         position[members] = np.arange(len(labels)) - starts[labels[members]]
-        return cls(*(torch.from_numpy(array) for array in (members, starts[labels], sizes[labels], position)))
+        arrays = (members, starts[labels], sizes[labels], position)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
-    def draw_partners(self, codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """For each code another one of its cluster, uniformly: int64 [B]; the code itself where it is alone."""
+    def draw_partners(self, codes: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """For each code another one of its cluster, uniformly: int64 [B]; the code itself where it is alone.
+
+        Args:
+            codes: int64 [B].
+            uniform: Draws from [0, 1), float [B].
+        """
         size = self.size[codes]
-        uniform = torch.rand(len(codes), generator=generator, dtype=torch.float64)
-        step = 1 + (uniform * (size - 1)).long()  # 1 .. size - 1, so never the code itself
+        step = 1 + torch.minimum((uniform * (size - 1)).long(), size - 2)  # 1 .. size - 1: never the code itself
         return self.members[self.start[codes] + (self.position[codes] + step) % size]
 
 
-def diversity_loss(codes: torch.Tensor, partners: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def diversity_loss(
+    codes: torch.Tensor, partners: torch.Tensor, codebook: torch.Tensor, processes: Processes | None = None
+) -> torch.Tensor:
     """-mean_i log softmax_{j != c_i}(<e_{c_i}, e_j>)[partner_i] of one level, temperature 1.
 
-    LETTER, equation of L_Div. Rows depend on the code alone, so the softmax is taken once for each code in the batch
-    and not once for each item. Codes without a partner are left out; 0 where none has one. Its gradient goes to the
-    level's codebook, never to the encoder.
+    LETTER, equation of L_Div. Rows of the softmax depend on the code alone, so it is taken once for each code and
+    not once for each item. Codes without a partner are left out; 0 where none has one. Its gradient goes
+    to the level's codebook, never to the encoder.
 
     Args:
         codes: Chosen codes c_i, int64 [B].
         partners: Other codes of their clusters, int64 [B]; the code itself where it has none.
         codebook: float [K, d].
+        processes: Where these are one process's part of a batch: the result is this part's share of the mean.
     """
     has_partner = codes != partners
-    distinct, inverse = torch.unique(codes, return_inverse=True)
-    logits = codebook[distinct] @ codebook.t()  # [distinct codes, K]
-    logits = logits.scatter(1, distinct[:, None], MASKED)
-    log_probabilities = functional.log_softmax(logits, dim=1)[inverse, partners]
-    return -torch.where(has_partner, log_probabilities, 0.0).sum() / has_partner.sum().clamp(min=1)
+    if len(codes) < len(codebook):
+        rows, places = torch.unique(codes, return_inverse=True)
+    else:
+        rows, places = torch.arange(len(codebook), device=codes.device), codes
+    logits = (codebook[rows] @ codebook.t()).scatter(1, rows[:, None], MASKED)
+    log_probabilities = functional.log_softmax(logits, dim=1)[places, partners]
+    count = has_partner.sum() if processes is None else processes.sum(has_partner.sum())
+    return -torch.where(has_partner, log_probabilities, 0.0).sum() / count.clamp(min=1)
 
 
 class LetterTokenizer(RQVAETokenizer):
@@ -138,27 +160,26 @@ class LetterTokenizer(RQVAETokenizer):
     encode_modalities: ClassVar[tuple[str, ...]] = ("text",)
     _clusters: tuple[CodeClusters, ...] = ()
 
-    def batch_loss(
-        self, module: RQVAE, rows: torch.Tensor, vectors: dict[str, torch.Tensor], generator: torch.Generator
-    ) -> torch.Tensor:
-        """RQ-VAE's loss + alpha * collaborative + beta * diversity: a scalar. Arguments as in `RQVAETokenizer`."""
+    def batch_losses(self, module: RQVAE, batch: TrainBatch) -> dict[str, torch.Tensor]:
+        """RQ-VAE's losses, alpha * collaborative, beta * diversity; see `TrainedTokenizer`."""
         config = self.config
-        output = module(vectors["text"][rows])
+        output = module(batch.items.vectors["text"], batch_size=batch.size, processes=batch.processes)
         quantized = output.quantized
-        loss = rq_vae_loss(output, config)
+        losses = rq_vae_losses(output, config, batch.size)
         if config.collaborative_weight > 0:
-            aligned = collaborative_loss(quantized.vectors, vectors["collaborative"][rows])
-            loss = loss + config.collaborative_weight * aligned
+            aligned = collaborative_loss(quantized.vectors, batch.items.vectors["collaborative"], batch.processes)
+            losses["collaborative"] = config.collaborative_weight * aligned
         if config.diversity_weight > 0:
+            uniform = batch.uniform(config.num_codebooks)
             levels = torch.stack([
-                diversity_loss(codes, clusters.draw_partners(codes, generator), codebook)
-                for codes, clusters, codebook in zip(
-                    quantized.codes.T, self._clusters, module.quantizer.codebooks, strict=True
+                diversity_loss(codes, clusters.draw_partners(codes, draws), codebook, batch.processes)
+                for codes, clusters, draws, codebook in zip(
+                    quantized.codes.T, self._clusters, uniform.T, module.quantizer.codebooks, strict=True
                 )
             ])  # fmt: skip
             diversity = config.quantization_weight * levels.mean() if config.reduction == "mean" else levels.sum()
-            loss = loss + config.diversity_weight * diversity
-        return loss
+            losses["diversity"] = config.diversity_weight * diversity
+        return losses
 
     def start_epoch(self, module: RQVAE, epoch: int) -> None:
         """Groups the codes of each level anew, clusters of the authors' sizes (10 to 60 of 256) or in proportion."""
@@ -168,16 +189,32 @@ class LetterTokenizer(RQVAETokenizer):
         limits = {"min_size": max(min(size // (2 * count), 10), 2), "max_size": max(60, -(-2 * size // count))}
         draws = seeded(self.config.seed, epoch, 3)[1]
         self._clusters = tuple(
-            CodeClusters.from_labels(constrained_kmeans(codebook.detach().numpy(), count, draws, **limits)[1])
+            CodeClusters.from_labels(
+                constrained_kmeans(codebook.detach().cpu().numpy(), count, draws, **limits)[1], codebook.device
+            )
             for codebook in module.quantizer.codebooks
         )
 
-    def _fit(self, vectors: dict[str, np.ndarray], *, progress: bool | None, checkpoint_folder: Path | None) -> None:
-        width = vectors["collaborative"].shape[1]
+    def _fit(
+        self,
+        vectors: ItemVectors,
+        *,
+        progress: bool | None,
+        checkpoint_folder: Path | None,
+        processes: Processes,
+        monitor: Monitor | None,
+    ) -> None:
+        width = vectors.widths["collaborative"]
         if width != self.config.codebook_dim:
             raise DataError(
                 f"the collaborative embeddings have width {width}, but codebook_dim is {self.config.codebook_dim}:"
                 " LETTER takes inner products of the two. Bring them to that width by"
                 f" ItemEmbeddings.reduce({self.config.codebook_dim}), or set codebook_dim to {width}"
             )
-        super()._fit(vectors, progress=progress, checkpoint_folder=checkpoint_folder)
+        super()._fit(
+            vectors,
+            progress=progress,
+            checkpoint_folder=checkpoint_folder,
+            processes=processes,
+            monitor=monitor,
+        )

@@ -4,6 +4,7 @@ Residual quantisation follows LETTER (arXiv 2405.07314) and LC-Rec (arXiv 2311.0
 and in the form of the published code. Knows nothing of encoders, catalogues or training.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,12 +15,11 @@ from torch.nn import functional
 
 from llmrec.errors import SettingsError
 from llmrec.item_tokenizers.clustering import constrained_kmeans, kmeans_centres
+from llmrec.processes import Processes
 
 ResidualUpdate = Literal["straight_through", "codebook"]
 Reduction = Literal["mean", "sum"]
 Initialisation = Literal["kmeans", "constrained_kmeans", "random"]
-
-ENCODE_BATCH = 16_384
 
 
 def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -31,6 +31,17 @@ def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Te
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Number of the nearest code vector (ties: the lowest): int64 [B] for [B, d] and [K, d]."""
     return torch.addmm(codebook.square().sum(1), vectors, codebook.t(), alpha=-2.0).argmin(1)
+
+
+@torch.no_grad()
+def residual_codes(latents: torch.Tensor, codebooks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Nearest codes level by level, each on what the earlier code vectors leave: int64 [B, L] for float [B, d]."""
+    residual, codes = latents, []
+    for level, codebook in enumerate(codebooks):
+        codes.append(nearest_codes(residual, codebook))
+        if level + 1 < len(codebooks):
+            residual = residual - codebook[codes[-1]]
+    return torch.stack(codes, 1)
 
 
 def sinkhorn_codes(distances: torch.Tensor, *, epsilon: float = 0.003, iterations: int = 50) -> torch.Tensor:
@@ -136,21 +147,32 @@ class ResidualQuantizer(nn.Module):
         """Codes of each level, length L."""
         return tuple(len(codebook) for codebook in self.codebooks)
 
-    def forward(self, latents: torch.Tensor, *, balanced: bool = False) -> Quantized:
+    def forward(
+        self,
+        latents: torch.Tensor,
+        *,
+        balanced: bool = False,
+        batch_size: int | None = None,
+        processes: Processes | None = None,
+    ) -> Quantized:
         """Quantises with gradients.
 
         Args:
             latents: float [B, d].
             balanced: Sinkhorn on the last level, where `sinkhorn_epsilon` is above 0: for training, not for export.
+            batch_size: Items of the whole batch, where these are one process's part of it: the losses are then that
+                part's share. None: these are all.
+            processes: Who has the other parts; Sinkhorn balances over the whole batch.
         """
         residual, total = latents, torch.zeros_like(latents)
         codes, codebook_losses, commitment_losses = [], [], []
         for level, codebook in enumerate(self.codebooks):
-            chosen = self._choose(residual, codebook, balanced=balanced and level == len(self.codebooks) - 1)
+            last = level == len(self.codebooks) - 1
+            chosen = self._choose(residual, codebook, balanced=balanced and last, processes=processes)
             vectors = functional.embedding(chosen, codebook)
             codes.append(chosen)
-            codebook_losses.append(self._distance(vectors, residual.detach()))
-            commitment_losses.append(self._distance(vectors.detach(), residual))
+            codebook_losses.append(squared_error(vectors, residual.detach(), self.reduction, batch_size))
+            commitment_losses.append(squared_error(vectors.detach(), residual, self.reduction, batch_size))
             if self.residual_update == "straight_through":
                 vectors = residual + (vectors - residual).detach()
             total = total + vectors
@@ -162,14 +184,7 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, latents: torch.Tensor) -> torch.Tensor:
         """Nearest codes of every level, Sinkhorn off: int64 [B, L] for float [B, d]."""
-        parts = []
-        for batch in latents.split(ENCODE_BATCH):
-            residual, codes = batch, []
-            for codebook in self.codebooks:
-                codes.append(nearest_codes(residual, codebook))
-                residual = residual - codebook[codes[-1]]
-            parts.append(torch.stack(codes, 1))
-        return torch.cat(parts) if parts else torch.zeros(0, len(self.codebooks), dtype=torch.int64)
+        return residual_codes(latents, list(self.codebooks))
 
     @torch.no_grad()
     def initialise(self, latents: torch.Tensor, method: Initialisation, generator: np.random.Generator) -> None:
@@ -201,42 +216,66 @@ class ResidualQuantizer(nn.Module):
             residual = residual - codebook[nearest_codes(residual, codebook)]
         self.initialised.fill_(True)
 
-    @torch.no_grad()
-    def revive(self, latents: torch.Tensor, codes: torch.Tensor, generator: np.random.Generator) -> list[int]:
-        """Moves codes that no item uses onto residuals of items drawn at random.
-
-        Args:
-            latents: float [N, d] of the whole catalogue.
-            codes: Their nearest codes, int64 [N, L].
-            generator: Source of all draws.
-
-        Returns:
-            How many codes of each level were dead.
-        """
-        residual, dead_counts = latents, []
-        for level, codebook in enumerate(self.codebooks):
-            used = torch.bincount(codes[:, level], minlength=len(codebook))
-            dead = torch.nonzero(used == 0).flatten()
-            before = residual
-            residual = residual - codebook[codes[:, level]]
-            drawn = generator.choice(len(latents), len(dead), replace=len(latents) < len(dead))
-            codebook[dead] = before[torch.from_numpy(drawn).to(before.device)]
-            dead_counts.append(len(dead))
-        return dead_counts
-
-    def _choose(self, residual: torch.Tensor, codebook: torch.Tensor, *, balanced: bool) -> torch.Tensor:
+    def _choose(
+        self, residual: torch.Tensor, codebook: torch.Tensor, *, balanced: bool, processes: Processes | None
+    ) -> torch.Tensor:
         with torch.no_grad():
             if not balanced or self.sinkhorn_epsilon <= 0:
                 return nearest_codes(residual, codebook)
             distances = squared_distances(residual, codebook)
-            return sinkhorn_codes(distances, epsilon=self.sinkhorn_epsilon, iterations=self.sinkhorn_iterations)
+            own = slice(None)
+            if processes is not None:
+                distances = processes.gather_rows(distances)
+                own = processes.part(len(distances))
+            codes = sinkhorn_codes(distances, epsilon=self.sinkhorn_epsilon, iterations=self.sinkhorn_iterations)
+            return codes[own]
 
-    def _distance(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return squared_error(left, right, self.reduction)
+
+def revive_dead_codes(
+    codebooks: Sequence[torch.Tensor],
+    codes: np.ndarray,
+    latents_of: Callable[[np.ndarray], torch.Tensor],
+    generator: np.random.Generator,
+) -> list[int]:
+    """Moves codes that no item uses onto residuals of items drawn at random, in place.
+
+    Args:
+        codebooks: Of each level float [K_l, d].
+        codes: Nearest codes of the whole catalogue, int [N, L].
+        latents_of: From row numbers int64 [n] to latents float [n, d].
+        generator: Source of all draws.
+
+    Returns:
+        How many codes of each level were dead.
+    """
+    dead = [
+        np.flatnonzero(np.bincount(codes[:, level], minlength=len(codebook)) == 0)
+        for level, codebook in enumerate(codebooks)
+    ]
+    drawn = [generator.choice(len(codes), len(lost), replace=len(codes) < len(lost)) for lost in dead]
+    for level, (lost, rows) in enumerate(zip(dead, drawn, strict=True)):
+        if len(lost) == 0:
+            continue
+        residual = latents_of(rows)
+        for earlier in range(level):
+            chosen = torch.from_numpy(codes[rows, earlier].astype(np.int64)).to(residual.device)
+            residual = residual - codebooks[earlier].detach()[chosen]
+        with torch.no_grad():
+            codebooks[level][torch.from_numpy(lost).to(residual.device)] = residual
+    return [len(lost) for lost in dead]
 
 
-def squared_error(left: torch.Tensor, right: torch.Tensor, reduction: Reduction) -> torch.Tensor:
-    """Squared error of [B, d] against [B, d]: mean over all values, or sum over features and mean over the batch."""
-    if reduction == "mean":
-        return functional.mse_loss(left, right)
-    return (left - right).square().sum(1).mean()
+def squared_error(
+    left: torch.Tensor, right: torch.Tensor, reduction: Reduction, batch_size: int | None = None
+) -> torch.Tensor:
+    """Squared error of [B, d] against [B, d]: mean over all values, or sum over features and mean over the batch.
+
+    Args:
+        left: float [B, d].
+        right: float [B, d].
+        reduction: Which of the two.
+        batch_size: Items of the whole batch where these are a part of it: the result is the part's share of the mean.
+    """
+    items = len(left) if batch_size is None else batch_size
+    divisor = items * left.shape[1] if reduction == "mean" else items
+    return functional.mse_loss(left, right, reduction="sum") / divisor

@@ -3,21 +3,17 @@
 Holds config, module, losses and item tokenizer. Knows nothing of collaborative signals: that is `letter.py`.
 """
 
-import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
-from llmrec.errors import DataError, SettingsError
-from llmrec.item_tokenizers.base import ItemTokenizer
-from llmrec.item_tokenizers.fit_loop import LoopSettings, Schedule, identity_of, run_epochs, seeded
+from llmrec.errors import SettingsError
+from llmrec.item_tokenizers.fit_loop import Schedule, TrainBatch, seeded
+from llmrec.item_tokenizers.item_vectors import ItemBatch, ItemVectors
 from llmrec.item_tokenizers.quantizers import (
-    ENCODE_BATCH,
     Initialisation,
     Quantized,
     Reduction,
@@ -25,11 +21,8 @@ from llmrec.item_tokenizers.quantizers import (
     ResidualUpdate,
     squared_error,
 )
-from llmrec.item_tokenizers.uniqueness import CodeGeometry, mixed_radix_keys
-
-logger = logging.getLogger(__name__)
-
-COLLAPSE_SHARE = 0.1
+from llmrec.item_tokenizers.trained import TrainedTokenizer, mean_and_scale, sample_rows
+from llmrec.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -175,36 +168,49 @@ class RQVAE(nn.Module):
         self.register_buffer("input_mean", torch.zeros(width))
         self.register_buffer("input_scale", torch.ones(()))
 
-    def forward(self, inputs: torch.Tensor) -> RQVAEOutput:
-        """Encodes, quantises (balanced in training mode, where the config asks for it) and decodes float [B, D]."""
+    def forward(
+        self, inputs: torch.Tensor, *, batch_size: int | None = None, processes: Processes | None = None
+    ) -> RQVAEOutput:
+        """Encodes, quantises (balanced in training mode, where the config asks for it) and decodes.
+
+        Args:
+            inputs: float [B, D].
+            batch_size: Items of the whole batch, where these are one process's part of it; see `ResidualQuantizer`.
+            processes: Who has the other parts.
+        """
         inputs = self.standardized(inputs)
         latents = self.encoder(inputs)
-        quantized = self.quantizer(latents, balanced=self.training)
+        quantized = self.quantizer(latents, balanced=self.training, batch_size=batch_size, processes=processes)
         return RQVAEOutput(inputs, latents, quantized, self.decoder(quantized.vectors))
 
     def standardized(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs as the encoder takes them: float [B, D]."""
         return (inputs - self.input_mean) / self.input_scale
 
-    @torch.no_grad()
     def latents(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Latents of any number of items, batch by batch: float [N, d] for float [N, D]."""
-        return torch.cat([self.encoder(self.standardized(part)) for part in inputs.split(ENCODE_BATCH)])
+        """What is quantised: float [B, d] for float [B, D]."""
+        latents: torch.Tensor = self.encoder(self.standardized(inputs))
+        return latents
 
 
-def rq_vae_loss(output: RQVAEOutput, config: RQVAEConfig) -> torch.Tensor:
-    """Reconstruction plus quantisation losses, a scalar.
+def rq_vae_losses(output: RQVAEOutput, config: RQVAEConfig, batch_size: int | None = None) -> dict[str, torch.Tensor]:
+    """Reconstruction and quantisation loss, scalars.
 
     With `reduction="mean"`: MSE + w * mean over levels of (codebook + commitment_weight * commitment), as the code of
     LC-Rec and LETTER; with `"sum"` levels are added and norms not divided by widths, as the papers.
+
+    Args:
+        output: Of a forward pass with the same `batch_size`.
+        config: Weights and reduction.
+        batch_size: Items of the whole batch, where the output is of a part of it.
     """
     levels = output.quantized.codebook_losses + config.commitment_weight * output.quantized.commitment_losses
     quantization = levels.mean() if config.reduction == "mean" else levels.sum()
-    reconstruction = squared_error(output.reconstruction, output.inputs, config.reduction)
-    return reconstruction + config.quantization_weight * quantization
+    reconstruction = squared_error(output.reconstruction, output.inputs, config.reduction, batch_size)
+    return {"reconstruction": reconstruction, "quantization": config.quantization_weight * quantization}
 
 
-class RQVAETokenizer(ItemTokenizer):
+class RQVAETokenizer(TrainedTokenizer):
     """Item tokenizer that learns an RQ-VAE on text embeddings.
 
     Example:
@@ -215,103 +221,38 @@ class RQVAETokenizer(ItemTokenizer):
 
     config_class: ClassVar[type] = RQVAEConfig
     config: Any
-    module: RQVAE | None = None
-    """The network, on the CPU after `fit` and `from_pretrained`; joint training takes it from here."""
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """Number of codes of each level, length L."""
         return (self.config.codebook_size,) * self.config.num_codebooks
 
-    def batch_loss(
-        self, module: RQVAE, rows: torch.Tensor, vectors: dict[str, torch.Tensor], generator: torch.Generator
-    ) -> torch.Tensor:
-        """The training loss of a batch, a scalar.
+    def new_module(self, widths: dict[str, int]) -> RQVAE:
+        """See `TrainedTokenizer`."""
+        return RQVAE(widths["text"], self.config)
 
-        Args:
-            module: The network.
-            rows: Row numbers, int64 [B].
-            vectors: All vectors by modality, float [N, D].
-            generator: For the losses that draw.
-        """
-        return rq_vae_loss(module(vectors["text"][rows]), self.config)
+    def batch_losses(self, module: RQVAE, batch: TrainBatch) -> dict[str, torch.Tensor]:
+        """See `TrainedTokenizer`, and `rq_vae_losses`."""
+        output = module(batch.items.vectors["text"], batch_size=batch.size, processes=batch.processes)
+        return rq_vae_losses(output, self.config, batch.size)
 
-    def start_epoch(self, module: RQVAE, epoch: int) -> None:
-        """Called before each epoch; for the methods that refresh something."""
+    def latents(self, module: RQVAE, items: ItemBatch) -> torch.Tensor:
+        """See `TrainedTokenizer`."""
+        return module.latents(items.vectors["text"])
 
-    def _fit(self, vectors: dict[str, np.ndarray], *, progress: bool | None, checkpoint_folder: Path | None) -> None:
+    def codebooks(self, module: RQVAE) -> list[torch.Tensor]:
+        """See `TrainedTokenizer`."""
+        return list(module.quantizer.codebooks)
+
+    def start(self, module: RQVAE, vectors: ItemVectors, processes: Processes) -> None:
+        """Sets the scaling of inputs, and lets the codebooks start from the latents of (a sample of) the items."""
         config = self.config
-        module = RQVAE(vectors["text"].shape[1], config)
-        tensors = {name: torch.from_numpy(array) for name, array in vectors.items()}
         if config.standardize:
-            _set_standardization(module, vectors["text"])
+            mean, scale = mean_and_scale(vectors, "text", processes)
+            module.input_mean.copy_(mean)
+            module.input_scale.fill_(scale)
         draws = seeded(config.seed, 0, 0)[1]
-        sample = tensors["text"]
-        if len(sample) > config.initialisation_items:
-            chosen = np.sort(draws.choice(len(sample), config.initialisation_items, replace=False))
-            sample = sample[torch.from_numpy(chosen)]
-        module.quantizer.initialise(module.latents(sample), config.initialisation, draws)
-
-        def measure(epochs_done: int) -> float:
-            latents = module.latents(tensors["text"])
-            codes = module.quantizer.encode(latents)
-            self._warn_of_collapse(codes, epochs_done)
-            if config.revive_dead_codes and 4 * epochs_done < 3 * config.epochs:
-                module.quantizer.revive(latents, codes, seeded(config.seed, epochs_done, 2)[1])
-            keys = mixed_radix_keys(codes.numpy(), self.codebook_sizes)
-            return 1.0 - len(np.unique(keys)) / len(keys)
-
-        state = run_epochs(
-            module,
-            len(vectors["text"]),
-            LoopSettings(**{field.name: getattr(config, field.name) for field in fields(LoopSettings)}),
-            start_epoch=lambda epoch: self.start_epoch(module, epoch),
-            batch_loss=lambda rows, generator: self.batch_loss(module, rows, tensors, generator),
-            measure=measure,
-            identity=identity_of(asdict(config) | {"class": type(self).__name__}, vectors),
-            description=f"fitting {type(self).__name__}",
-            progress=progress,
-            checkpoint_folder=checkpoint_folder,
-        )
-        self.module = module
-        self.fit_report = {"items": len(vectors["text"]), **vars(state)}
-
-    def _encode(self, vectors: dict[str, np.ndarray]) -> tuple[np.ndarray, CodeGeometry]:
-        module = self._fitted_module()
-        latents = module.latents(torch.from_numpy(vectors["text"]))
-        codes = module.quantizer.encode(latents).numpy().astype(np.int32)
-        codebooks = tuple(codebook.detach().numpy() for codebook in module.quantizer.codebooks)
-        return codes, CodeGeometry(latents.numpy(), codebooks)
-
-    def _state(self) -> dict[str, torch.Tensor]:
-        return self._fitted_module().state_dict()
-
-    def _load_state(self, state: dict[str, torch.Tensor], widths: dict[str, int]) -> None:
-        module = RQVAE(widths["text"], self.config)
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise DataError(f"the saved weights don't fit the saved settings: {error}") from error
-        self.module = module.eval()
-
-    def _fitted_module(self) -> RQVAE:
-        if self.module is None:
-            raise SettingsError(f"this {type(self).__name__} is not fitted")
-        return self.module
-
-    def _warn_of_collapse(self, codes: torch.Tensor, epochs_done: int) -> None:
-        used = [len(torch.unique(level)) for level in codes.T]
-        reachable = min(self.config.codebook_size, len(codes))
-        if min(used) < COLLAPSE_SHARE * reachable and epochs_done >= self.config.epochs / 2:
-            logger.warning(
-                "epoch %d: the items use only %s of %d codes a level (collapse); set revive_dead_codes, a smaller"
-                " learning_rate, or standardize, and see whether the embeddings differ between items",
-                epochs_done, "/".join(map(str, used)), self.config.codebook_size,
-            )  # fmt: skip
-
-
-def _set_standardization(module: RQVAE, vectors: np.ndarray) -> None:
-    """Sets mean and scale in double precision; items that are all equal keep scale 1."""
-    module.input_mean.copy_(torch.from_numpy(vectors.mean(axis=0, dtype=np.float64)))
-    scale = float(np.sqrt(vectors.var(axis=0, dtype=np.float64).mean()))
-    module.input_scale.fill_(scale if scale > 1e-12 else 1.0)
+        if processes.is_main:
+            rows = sample_rows(len(vectors), config.initialisation_items, draws)
+            module.quantizer.initialise(self._latents_of(module, vectors, rows), config.initialisation, draws)
+        module.quantizer.load_state_dict(processes.broadcast(module.quantizer.state_dict()))

@@ -5,11 +5,11 @@ which token IDs they get in a language model (`llmrec.vocabulary`).
 """
 
 import json
-import re
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import compress, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,24 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llmrec.data.item_order import check_item_order
+from llmrec.data.item_order import ItemIndex, check_item_order
 from llmrec.errors import DataError, MissingPartError, SettingsError
-from llmrec.files import atomic_file, check_format, read_json
+from llmrec.files import atomic_file, check_format
+from llmrec.item_tokenizers.code_assignment import assign_counters, assign_min_cost
+from llmrec.item_tokenizers.index_files import read_index
 from llmrec.item_tokenizers.uniqueness import (
     CodeGeometry,
     UniquenessReport,
     append_counter_level,
-    assign_min_cost,
     mixed_radix_keys,
     repair_with_sinkhorn,
 )
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 POLICIES = ("min_cost", "extra_level", "sinkhorn", "allow")
 MAX_KEY = np.iinfo(np.int64).max
-_CODE_TOKEN = re.compile(r"<([a-z])_(\d{1,9})>")
 
 
 def code_token(level: int, code: int) -> str:
@@ -51,6 +53,22 @@ def code_token(level: int, code: int) -> str:
     return f"<{chr(ord('a') + level)}_{code}>"
 
 
+def pack_item_ids(item_ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """Item IDs as arrays for a safetensors file: in its metadata they'd hit the limit of 100 MB on the header."""
+    encoded = [item_id.encode() for item_id in item_ids]
+    return {
+        "item_id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        "item_id_ends": np.cumsum([len(item_id) for item_id in encoded], dtype=np.int64),
+    }
+
+
+def unpack_item_ids(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """What `pack_item_ids` packed."""
+    text = arrays["item_id_bytes"].tobytes()
+    ends = [0, *arrays["item_id_ends"].tolist()]
+    return tuple(text[start:end].decode() for start, end in pairwise(ends))
+
+
 @dataclass(frozen=True, eq=False)
 class SemanticIds:
     """The codes of a catalogue.
@@ -61,7 +79,7 @@ class SemanticIds:
         codebook_sizes: Number of codes of each level, length L.
         policy: What was done about items with equal codes: "min_cost", "extra_level", "sinkhorn", or "allow"
             (nothing: such items share their semantic ID, and whoever decodes one must answer with all of them).
-        report: What `make_unique` moved and what it cost; None where it didn't run.
+        report: What `make_unique` moved and what it cost, or `append` among the new items; None where neither ran.
 
     Raises:
         DataError: Shapes disagree, a code is outside its codebook, or the policy is unknown.
@@ -178,9 +196,9 @@ class SemanticIds:
         `"min_cost"` (the default) keeps every prefix and moves colliding items to last-level codes that are free
         under it, so that the sum of squared distances is smallest: see `assign_min_cost`, also for what happens where
         a prefix has more items than the last level has codes. `"extra_level"` appends a counter (TIGER's way, one
-        more token to generate for every item). `"sinkhorn"` is the repair of LETTER's and LC-Rec's authors, for
-        reproduction only: it may leave collisions, and its codes are about as far away as random ones (methods.md
-        12.2). `"allow"` changes nothing.
+        more token to generate for every item; codes that have one stay as they are). `"sinkhorn"` is the repair of
+        LETTER's and LC-Rec's authors, for reproduction only: it may leave collisions, and its codes are about as far
+        away as random ones (methods.md 12.2). `"allow"` changes nothing.
 
         Args:
             policy: One of the four.
@@ -192,31 +210,118 @@ class SemanticIds:
         """
         if policy not in POLICIES:
             raise SettingsError(f"unknown uniqueness policy {policy!r}; known: {', '.join(POLICIES)}")
-        if policy == "allow":
-            return SemanticIds(self.item_ids, self.codes, self.codebook_sizes, "allow")
-        self._check_keys_fit()
-        collisions = self.num_items - self.num_distinct
+        if policy == "extra_level" == self.policy:
+            return self
         sizes = self.codebook_sizes
+        if policy != "allow":
+            self._check_keys_fit()
+        elif prod(sizes) > MAX_KEY:  # colliding items can't be counted, nor need they be
+            return SemanticIds(self.item_ids, self.codes, sizes, "allow")
+        codes = self.codes
         if policy == "extra_level":
             codes, sizes = append_counter_level(self.codes, sizes)
         elif policy == "min_cost":
             codes = assign_min_cost(self.codes, sizes, geometry)
-        elif geometry is None:
+        elif policy == "sinkhorn" and geometry is None:
             raise SettingsError("the policy sinkhorn needs the vectors of items and codes: use encode(policy=...)")
-        else:
+        elif geometry is not None and policy == "sinkhorn":
             codes = repair_with_sinkhorn(self.codes, sizes, geometry)
-        report = UniquenessReport.measure(policy, self.codes, codes, collisions, geometry)
+        report = UniquenessReport.measure(policy, self.codes, codes, sizes, geometry)
         return SemanticIds(self.item_ids, codes, sizes, policy, report)
+
+    def append(
+        self,
+        item_ids: Sequence[str],
+        codes: np.ndarray | Sequence[Sequence[int]],
+        *,
+        geometry: CodeGeometry | None = None,
+    ) -> "SemanticIds":
+        """Adds new items. Not a bit of the existing rows changes, and under this object's policy nothing collides.
+
+        "min_cost": new items that collide, with an existing one or with each other, move to codes that are free under
+        their prefix, together at the least cost; where the prefix is full, to the nearest sibling prefix with room
+        (`assign_min_cost`). "extra_level": they get the lowest free counter of their group, the next one where no
+        item was removed. "sinkhorn": as min_cost, because the authors' repair moves existing items too; the report
+        says min_cost. "allow": as they are.
+
+        Items appended in one go are placed together; one after the other each gets the best code that is left, so the
+        result can differ and the sum of distances be larger.
+
+        Args:
+            item_ids: Outside IDs of the new items, none of them here yet.
+            codes: Their codes as the item tokenizer gives them, int [new, L]; [new, L - 1] under "extra_level", where
+                the counter is added here.
+            geometry: Vectors of the new items (row i is new item i) and of the codes; see `make_unique`.
+
+        Returns:
+            Existing and new items; its report is about the new items alone.
+
+        Raises:
+            DataError: An item ID is here already or stands twice; codes of a wrong shape or outside the codebooks.
+            SettingsError: More items than code tuples, or a group larger than the counter level.
+        """
+        new, sizes = self._new_items(tuple(item_ids), codes, geometry), self.codebook_sizes
+        ids = self.item_ids + new.item_ids
+        if self.policy == "allow" and prod(sizes) > MAX_KEY:
+            return SemanticIds(ids, np.concatenate([self.codes, new.codes]), sizes, "allow")
+        self._check_keys_fit()
+        taken = self._sorted_keys if self.is_unique else np.unique(self._sorted_keys)
+        policy, placed = self.policy, new.codes
+        if policy == "extra_level":
+            placed = assign_counters(new.codes, sizes, taken)
+        elif policy != "allow":
+            if policy == "sinkhorn":
+                logger.info("new items that collide are placed by min_cost: sinkhorn would move existing items")
+            policy, placed = "min_cost", assign_min_cost(new.codes, sizes, geometry, taken=taken)
+        report = UniquenessReport.measure(policy, new.codes, placed, sizes, geometry, taken=taken)
+        return SemanticIds(ids, np.concatenate([self.codes, placed]), sizes, self.policy, report)
+
+    def remove(self, item_ids: Sequence[str]) -> "SemanticIds":
+        """Takes items out; the others keep their codes and their order, and the freed codes can be given again.
+
+        A model that was trained on the freed codes knows the old item behind them: give them to a new item only
+        where it is trained on.
+
+        Raises:
+            UnknownItemError: One of the IDs is not here.
+        """
+        keep = np.ones(self.num_items, dtype=bool)
+        keep[ItemIndex(self.item_ids).rows(item_ids)] = False
+        left = tuple(compress(self.item_ids, keep))
+        return SemanticIds(left, self.codes[keep], self.codebook_sizes, self.policy)
+
+    def _new_items(
+        self, item_ids: tuple[str, ...], codes: np.ndarray | Sequence[Sequence[int]], geometry: CodeGeometry | None
+    ) -> "SemanticIds":
+        """Checks what `append` was given."""
+        counted = self.policy == "extra_level"
+        sizes = self.codebook_sizes[:-1] if counted else self.codebook_sizes
+        array = np.asarray(codes)
+        if array.ndim != 2 or array.shape != (len(item_ids), len(sizes)):
+            without = ", without the counter, which is added here" if counted else ""
+            raise DataError(f"codes of new items must be [{len(item_ids)}, {len(sizes)}]{without}; got {array.shape}")
+        distinct = set(item_ids)
+        if len(distinct) < len(item_ids):
+            twice = next(item_id for row, item_id in enumerate(item_ids) if item_id in item_ids[:row])
+            raise DataError(f"new item {twice!r} stands twice: give every item once")
+        known = [item_id for item_id in self.item_ids if item_id in distinct]
+        if known:
+            raise DataError(
+                f"{len(known)} of {len(item_ids)} new items are here already, first {known[0]!r}: their codes never"
+                " change; leave them out, or remove() them first"
+            )
+        if geometry is not None and len(geometry.latents) != len(item_ids):
+            raise DataError(
+                f"the geometry is about {len(geometry.latents)} items, {len(item_ids)} are new: pass theirs"
+            )
+        return SemanticIds(item_ids, array, sizes)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file (codes, sizes, item IDs, policy, report), whole or not at all."""
-        encoded = [item_id.encode() for item_id in self.item_ids]
         tensors = {
             "codes": self.codes,
             "codebook_sizes": np.array(self.codebook_sizes, dtype=np.int64),
-            # IDs are tensors: as metadata they'd hit the format's limit of 100 MB on its header.
-            "item_id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8),
-            "item_id_ends": np.cumsum([len(item_id) for item_id in encoded], dtype=np.int64),
+            **pack_item_ids(self.item_ids),
         }
         metadata = {
             "format_version": str(FORMAT_VERSION),
@@ -254,9 +359,7 @@ class SemanticIds:
         missing = [name for name in needed if name not in tensors]
         if missing or "policy" not in metadata:
             raise DataError(f"{path} was not written by SemanticIds.save: it lacks {', '.join(missing) or 'policy'}")
-        text = tensors["item_id_bytes"].tobytes()
-        ends = [0, *tensors["item_id_ends"].tolist()]
-        found = tuple(text[start:end].decode() for start, end in pairwise(ends))
+        found = unpack_item_ids(tensors)
         if item_ids is not None:
             check_item_order(item_ids, found, f"the semantic IDs in {path.name}")
         report = json.loads(metadata.get("report", "null"))
@@ -280,36 +383,35 @@ class SemanticIds:
     ) -> "SemanticIds":
         """Reads the index file that LETTER, LC-Rec and MiniOneRec publish: `{"0": ["<a_183>", "<b_70>", ...], ...}`.
 
+        MiniOneRec's constrained variant gives a further token to colliding items alone. Those without get code 0 at
+        that level, and the others' numbers are shifted by one where 0 is in use, so that all have L codes; the policy
+        is "extra_level" then. All other code numbers are kept as they are in the file, also where they start at 1
+        (the same variant): the tokens of a model trained on them stay right, and code 0 is without items.
+
         Args:
             path: The JSON file.
             item_ids: IDs of the catalogue in row order.
             item_keys: The file's key of each of these items; by default the row number as a string, as in all
                 published files.
-            codebook_sizes: Sizes of the levels (one number: of each). The file doesn't tell them; by default each
-                level gets the largest code number of the whole file + 1.
+            codebook_sizes: Sizes of the levels (one number: of each but that further level). The file doesn't tell
+                them; by default each level gets the largest code number of the whole file + 1, the further level its
+                own.
             policy: Given to `make_unique`; there are no distances here.
 
         Raises:
             MissingPartError: No such file.
-            DataError: Not such a file; items of another number of codes; an item without codes; keys left over.
+            DataError: Not such a file; an item that lacks more than the last code; an item without codes; keys left
+                over; a code outside `codebook_sizes`.
         """
-        content = read_json(path)
         keys = [str(row) for row in range(len(item_ids))] if item_keys is None else list(item_keys)
-        if not isinstance(content, dict) or not content or len(keys) != len(item_ids):
-            raise DataError(f"{path} holds no index, or {len(keys)} item keys don't fit {len(item_ids)} item IDs")
-        missing = [key for key in keys if key not in content]
-        if missing or len(content) != len(keys):
-            raise DataError(
-                f"{path} has codes of {len(content)} items, the catalogue {len(keys)};"
-                f" {len(missing)} without codes{f', first {missing[0]!r}' if missing else ''}: is it of this data set?"
-            )
-        num_levels = len(content[keys[0]])
-        codes = np.array([_parse_tokens(content[key], num_levels, key, path) for key in keys], dtype=np.int64)
-        if codebook_sizes is None:
-            codebook_sizes = int(codes.max()) + 1
-        sizes = (codebook_sizes,) * num_levels if isinstance(codebook_sizes, int) else tuple(codebook_sizes)
-        semantic_ids = cls(tuple(item_ids), codes, sizes)
-        return semantic_ids if policy == "allow" else semantic_ids.make_unique(policy)
+        if len(keys) != len(item_ids):
+            raise DataError(f"{len(keys)} item keys don't fit {len(item_ids)} item IDs")
+        index = read_index(path, keys)
+        sizes = index.codebook_sizes(codebook_sizes)
+        semantic_ids = cls(tuple(item_ids), index.codes, sizes)
+        if index.counted and policy in ("allow", "extra_level") and semantic_ids.is_unique:
+            return cls(semantic_ids.item_ids, semantic_ids.codes, sizes, "extra_level")
+        return semantic_ids.make_unique(policy)
 
     def _check_keys_fit(self) -> None:
         if prod(self.codebook_sizes) > MAX_KEY:
@@ -317,16 +419,3 @@ class SemanticIds:
                 f"codebook sizes {list(self.codebook_sizes)} allow {prod(self.codebook_sizes):.3g} tuples, more than a"
                 f" 64-bit key holds ({MAX_KEY:.3g}); use fewer levels or smaller codebooks"
             )
-
-
-def _parse_tokens(tokens: Any, num_levels: int, key: str, path: str | Path) -> list[int]:
-    matches = [_CODE_TOKEN.fullmatch(token) for token in tokens] if isinstance(tokens, list) else []
-    codes = [
-        int(match[2]) for level, match in enumerate(matches) if match is not None and ord(match[1]) - ord("a") == level
-    ]
-    if len(codes) != num_levels or len(matches) != num_levels or num_levels == 0:
-        raise DataError(
-            f"{path}: item {key!r} has {tokens!r}; expected {num_levels} tokens like"
-            f" {', '.join(code_token(level, 7) for level in range(min(num_levels, 4)))}"
-        )
-    return codes

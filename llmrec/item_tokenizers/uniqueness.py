@@ -1,20 +1,15 @@
-"""Ways to give every item codes of its own: pure functions on arrays, deterministic.
+"""What ways of giving every item codes of its own share, and the two published ones: pure functions, deterministic.
 
 Items are grouped by sorting 64-bit mixed-radix keys, never by dictionaries of tuples. `SemanticIds.make_unique` is the
-door to what is here. The reason for minimum-cost assignment in place of the published Sinkhorn repair was measured:
-the repaired last codes of LETTER and LC-Rec are about as far away as random ones.
+door to what is here and in `code_assignment.py`, which holds the default, minimum-cost assignment.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
-from llmrec.errors import SettingsError
-
-GREEDY_ABOVE = 512  # items of a prefix; above, optimal assignment (cubic) gives way to greedy
+_BLOCK_ROWS = 2**16  # items whose vectors are read at a time
 
 
 @dataclass(frozen=True)
@@ -22,7 +17,7 @@ class CodeGeometry:
     """Where items and codes lie: what distances between them are computed from.
 
     Attributes:
-        latents: float32 [N, d], the vectors that were quantised.
+        latents: float32 [N, d], the vectors that were quantised; may be memory-mapped: read some rows at a time.
         codebooks: Of each level float32 [K_l, d]; an item's residual at level l is its latent minus its earlier
             levels' code vectors.
     """
@@ -50,6 +45,19 @@ class CodeGeometry:
         squared = (left**2).sum(1)[:, None] + (codebook**2).sum(1) - 2.0 * left @ codebook.T
         return np.maximum(squared, 0.0)
 
+    def distortion(self, rows: np.ndarray, codes: np.ndarray) -> float:
+        """Mean squared distance between the latents of some items and the sums of their code vectors.
+
+        Args:
+            rows: Row numbers, at least one.
+            codes: Of all N items, [N, at least as many levels as codebooks].
+        """
+        total = 0.0
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            some = rows[start : start + _BLOCK_ROWS]
+            total += float(np.square(self.residuals(some, codes[some], len(self.codebooks)), dtype=np.float64).sum())
+        return total / len(rows)
+
 
 @dataclass(frozen=True)
 class UniquenessReport:
@@ -57,12 +65,14 @@ class UniquenessReport:
 
     Attributes:
         policy: Its name.
-        collisions_before: N minus the number of different tuples, before.
-        collisions_after: The same after; above 0 only for "sinkhorn".
+        collisions_before: N minus the number of different tuples, before. For items that were appended: how many of
+            them would not have added a tuple.
+        collisions_after: The same after; above 0 only for "sinkhorn" and "allow".
         moved: Items with a changed code ("extra_level": with a counter above 0).
         distortion_before: Mean squared distance between the latents of the moved items and their codes, before; None
-            without geometry, where nothing moved, or for "extra_level".
-        distortion_after: The same after.
+            without geometry, or where nothing moved.
+        distortion_after: The same after. Equal for "extra_level": a counter stands for no vector, it costs nothing but
+            the token.
     """
 
     policy: str
@@ -74,21 +84,43 @@ class UniquenessReport:
 
     @classmethod
     def measure(
-        cls, policy: str, before: np.ndarray, after: np.ndarray, collisions: int, geometry: CodeGeometry | None
+        cls,
+        policy: str,
+        before: np.ndarray,
+        after: np.ndarray,
+        sizes: Sequence[int],
+        geometry: CodeGeometry | None,
+        *,
+        taken: np.ndarray | None = None,
     ) -> "UniquenessReport":
-        """Compares codes before (int [N, L]) and after ([N, L], or [N, L + 1] with a counter)."""
+        """Compares codes before and after.
+
+        Args:
+            policy: Its name.
+            before: int [N, L].
+            after: int [N, L], or [N, L + 1] with a counter.
+            sizes: Codebook sizes of `after`.
+            geometry: Vectors of these items and of the codes, or None.
+            taken: Ascending keys of further items, or None; collisions with them count.
+        """
         levels = before.shape[1]
         if after.shape[1] > levels:
-            return cls(policy, collisions, 0, int(np.count_nonzero(after[:, levels])), None, None)
-        moved = np.flatnonzero((before != after).any(axis=1))
-        sizes = tuple(int(size) for size in after.max(axis=0, initial=0) + 1)
-        left = len(after) - len(np.unique(mixed_radix_keys(after, sizes)))
-        if geometry is None or len(moved) == 0:
-            return cls(policy, collisions, left, len(moved), None, None)
-        distortions = [
-            float((geometry.residuals(moved, codes[moved], levels) ** 2).sum(1).mean()) for codes in (before, after)
-        ]
-        return cls(policy, collisions, left, len(moved), *distortions)
+            moved = np.flatnonzero(after[:, levels])
+        elif after is before:
+            moved = np.zeros(0, dtype=np.int64)
+        else:
+            moved = np.flatnonzero((before != after).any(axis=1))
+        distortions: list[float | None] = [None, None]
+        if geometry is not None and len(moved):
+            distortions = [geometry.distortion(moved, codes) for codes in (before, after)]
+        left = count_collisions(mixed_radix_keys(after, sizes), taken)
+        if after is before:
+            collided = left
+        else:
+            collided = count_collisions(
+                mixed_radix_keys(before, sizes[:levels]), _without_counter(taken, sizes[levels:])
+            )
+        return cls(policy, collided, left, len(moved), *distortions)
 
     def __str__(self) -> str:
         text = f"{self.policy}: {self.collisions_before:,} collisions before, {self.collisions_after:,} after"
@@ -99,7 +131,12 @@ class UniquenessReport:
 
 
 def mixed_radix_keys(codes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Code tuples as numbers, the first code most significant: int64 [N]. Their product of sizes must fit in int64."""
+    """Code tuples as numbers, the first code most significant: int64 [N]. Their product of sizes must fit in int64.
+
+    Args:
+        codes: int [N, at least len(sizes)]; later levels are not looked at.
+        sizes: Codebook sizes.
+    """
     keys = np.zeros(len(codes), dtype=np.int64)
     for level, size in enumerate(sizes):
         keys *= size
@@ -107,11 +144,45 @@ def mixed_radix_keys(codes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     return keys
 
 
-def _groups(keys: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of each different key, ascending; `keys` are those of `rows`."""
-    order = np.argsort(keys, kind="stable")
-    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
-    yield from (rows[group] for group in np.split(order, starts[1:]))
+def occurrence_numbers(values: np.ndarray) -> np.ndarray:
+    """How many earlier entries equal each entry: int64 [N]; [7, 5, 7, 7] gives [0, 0, 1, 2]."""
+    order = np.argsort(values, kind="stable")
+    ordered, positions = values[order], np.arange(len(values))
+    is_start = np.ones(len(values), dtype=bool)
+    is_start[1:] = ordered[1:] != ordered[:-1]
+    positions -= np.maximum.accumulate(np.where(is_start, positions, 0))
+    numbers = np.empty(len(values), dtype=np.int64)
+    numbers[order] = positions
+    return numbers
+
+
+def sorted_contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which values stand in an ascending array: bool [values]."""
+    if len(ascending) == 0:
+        return np.zeros(len(values), dtype=bool)
+    places = np.searchsorted(ascending, values)
+    np.minimum(places, len(ascending) - 1, out=places)
+    return ascending[places] == values
+
+
+def count_collisions(keys: np.ndarray, taken: np.ndarray | None = None) -> int:
+    """N minus the number of different keys that aren't taken.
+
+    Args:
+        keys: int64 [N].
+        taken: Ascending keys of further items, or None.
+    """
+    ordered = np.sort(keys)
+    new = np.ones(len(ordered), dtype=bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    if taken is not None:
+        new &= ~sorted_contains(taken, ordered)
+    return len(keys) - int(np.count_nonzero(new))
+
+
+def _without_counter(taken: np.ndarray | None, counter_sizes: Sequence[int]) -> np.ndarray | None:
+    """Ascending keys with the last level taken off, where there is a counter."""
+    return taken // counter_sizes[0] if taken is not None and counter_sizes else taken
 
 
 def append_counter_level(codes: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -120,125 +191,18 @@ def append_counter_level(codes: np.ndarray, sizes: Sequence[int]) -> tuple[np.nd
     Returns:
         Codes int32 [N, L + 1] and sizes of length L + 1; the new level has as many codes as the largest group items.
     """
-    keys = mixed_radix_keys(codes, sizes)
-    order = np.argsort(keys, kind="stable")
-    is_start = np.diff(keys[order], prepend=-1) != 0
-    positions = np.arange(len(keys))
-    counter = np.empty(len(keys), dtype=np.int32)
-    counter[order] = positions - np.maximum.accumulate(np.where(is_start, positions, 0))
+    counter = occurrence_numbers(mixed_radix_keys(codes, sizes))
     size = int(counter.max(initial=0)) + 1
-    return np.column_stack([codes, counter]).astype(np.int32), (*sizes, size)
+    with_counter = np.empty((len(codes), len(sizes) + 1), dtype=np.int32)
+    with_counter[:, :-1], with_counter[:, -1] = codes, counter
+    return with_counter, (*sizes, size)
 
 
-def assign_min_cost(codes: np.ndarray, sizes: Sequence[int], geometry: CodeGeometry | None) -> np.ndarray:
-    """Moves colliding items to the last-level codes that are free under their prefix, at the least cost.
-
-    Under each prefix the items that share their codes with another are assigned together, to the codes that no other
-    item of the prefix holds, so that the sum of squared distances from their last residuals to the code vectors is
-    smallest (one of each group may keep its code). Above 512 such items of one prefix the assignment is greedy,
-    cheapest pair first.
-
-    Where a prefix holds more items than there are tuples below it, some can't stay: the ones that lose least move to
-    the nearest sibling prefix with room, and their later codes are chosen anew. This is done from the first level
-    down, so it succeeds whenever the catalogue has no more items than there are code tuples.
-
-    Without geometry every change of a code costs 1, so as few items as possible move: the first of each group keeps
-    its codes, the others take the lowest free code numbers.
-
-    Args:
-        codes: int [N, L].
-        sizes: Codebook sizes, length L, their product below 2**63.
-        geometry: Vectors of items and codes, or None.
-
-    Returns:
-        int32 [N, L], no two rows equal.
-
-    Raises:
-        SettingsError: More items than code tuples.
-    """
-    if len(codes) > prod(sizes):
-        raise SettingsError(
-            f"{len(codes):,} items can't have codes of their own: codebook sizes {list(sizes)} give {prod(sizes):,}"
-            " tuples; use larger codebooks or more levels, or the policy extra_level"
-        )
-    codes = np.array(codes, dtype=np.int32)
-    for level in range(len(sizes)):
-        _fit_into_level(codes, sizes, level, geometry)
-    return codes
-
-
-def _fit_into_level(codes: np.ndarray, sizes: Sequence[int], level: int, geometry: CodeGeometry | None) -> None:
-    """Moves items, in place, until no prefix of level + 1 codes has more items than tuples below it."""
-    capacity = prod(sizes[level + 1 :])
-    if capacity >= len(codes):
-        return
-    keys = mixed_radix_keys(codes[:, : level + 1], sizes[: level + 1])
-    ordered = np.sort(keys)
-    repeats = np.flatnonzero(ordered[capacity:] == ordered[:-capacity])
-    if len(repeats) == 0:
-        return
-    full_parents = np.unique(ordered[repeats] // sizes[level])
-    rows = np.flatnonzero(np.isin(keys // sizes[level], full_parents))
-    last = level == len(sizes) - 1
-    for members in _groups(keys[rows] // sizes[level], rows):
-        used = np.bincount(codes[members, level], minlength=sizes[level])
-        crowded = members[used[codes[members, level]] > capacity]
-        if geometry is None:
-            distances = (np.arange(sizes[level]) != codes[crowded, level][:, None]).astype(np.float64)
-        else:
-            distances = geometry.distances(crowded, codes[crowded], level)
-        if last:
-            staying = np.setdiff1d(members, crowded, assume_unique=True)
-            free = np.setdiff1d(np.arange(sizes[level]), codes[staying, level])
-            codes[crowded, level] = free[_assign(distances[:, free])]
-        else:
-            moved = _relocate(codes[crowded, level], distances, used, capacity)
-            changed = crowded[moved != codes[crowded, level]]
-            codes[crowded, level] = moved
-            if geometry is None:
-                continue
-            for later in range(level + 1, len(sizes)):
-                codes[changed, later] = geometry.distances(changed, codes[changed], later).argmin(1)
-
-
-def _assign(distances: np.ndarray) -> np.ndarray:
-    """A column of its own for each row, the sum smallest (greedy for many rows): int64 [rows]."""
-    if len(distances) <= GREEDY_ABOVE:
-        return linear_sum_assignment(distances)[1]
-    chosen = np.full(len(distances), -1, dtype=np.int64)
-    taken = np.zeros(distances.shape[1], dtype=bool)
-    for pair in np.argsort(distances, axis=None, kind="stable"):
-        row, column = divmod(int(pair), distances.shape[1])
-        if chosen[row] < 0 and not taken[column]:
-            chosen[row], taken[column] = column, True
-    return chosen
-
-
-def _relocate(own: np.ndarray, distances: np.ndarray, used: np.ndarray, capacity: int) -> np.ndarray:
-    """New codes of the items of overfull codes, those that lose least moved: int64 [items].
-
-    Args:
-        own: Their codes, int [items].
-        distances: To all codes, float64 [items, K].
-        used: Items at each code, int [K].
-        capacity: Items that a code may have.
-    """
-    used, new = used.copy(), own.astype(np.int64)
-    targets = np.flatnonzero(used < capacity)
-    loss = distances[:, targets] - distances[np.arange(len(own)), own][:, None]
-    moved = np.zeros(len(own), dtype=bool)
-    overflow = int(np.maximum(used - capacity, 0).sum())
-    for pair in np.argsort(loss, axis=None, kind="stable"):
-        if overflow == 0:
-            break
-        row, column = divmod(int(pair), len(targets))
-        target = targets[column]
-        if not moved[row] and used[own[row]] > capacity and used[target] < capacity:
-            used[own[row]] -= 1
-            used[target] += 1
-            overflow -= 1
-            new[row], moved[row] = target, True
-    return new
+def _groups(keys: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of each different key, ascending; `keys` are those of `rows`."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    yield from (rows[group] for group in np.split(order, starts[1:]))
 
 
 def repair_with_sinkhorn(

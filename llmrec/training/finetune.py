@@ -26,7 +26,7 @@ from llmrec.evaluation.evaluator import EvaluationResult, evaluate_both, save_re
 from llmrec.files import read_json, write_json
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.base import ItemTokenizer
-from llmrec.item_tokenizers.fitting import SASREC_FOLDER, FitSettings, fit_item_tokenizer, make_embeddings
+from llmrec.item_tokenizers.fitting import FitSettings, fit_from_settings
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.pretrained import load_base_model, load_text_tokenizer, resolve_pretrained
 from llmrec.recommender import Recommender
@@ -92,9 +92,7 @@ def prepare_item_codes(arguments: FinetuneArguments, dataset: InteractionDataset
     if stamp.is_file() and read_json(stamp).get("identity") == identity:
         logger.info("the item tokenizer in %s was fitted with the same data and settings: reused", folder)
         return _load_item_codes(folder, dataset)
-    embeddings = make_embeddings(settings, dataset, folder)
-    fitted = fit_item_tokenizer(settings.new_tokenizer(), embeddings, policy=settings.uniqueness_policy)
-    fitted.save(folder)
+    fitted = fit_from_settings(settings, folder, dataset=dataset)
     write_json(stamp, {"identity": identity, "settings": dataclasses.asdict(settings)})
     logger.info("%s", fitted.after)
     return _load_item_codes(folder, dataset)
@@ -281,7 +279,7 @@ def finetune(
     recommender = Recommender(
         trained, text_tokenizer, codes.semantic_ids, vocabulary, splits.dataset.items, task, config, codes.tokenizer
     )
-    trained_sasrec = output_folder / ITEM_TOKENIZER_STAGE / SASREC_FOLDER
+    trained_sasrec = output_folder / ITEM_TOKENIZER_STAGE / "sasrec"
     sasrec = arguments.sasrec or (trained_sasrec if trained_sasrec.is_dir() else None)
     results = evaluate_all(recommender, splits, arguments, sasrec=sasrec, accelerator=trainer.accelerator)
     recommender.config = dataclasses.replace(config, metrics=[_metrics_row(result, training) for result in results])

@@ -1,6 +1,12 @@
+import logging
+import stat
+import tracemalloc
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from llmrec.embeddings import base, vector_files
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, ItemOrderError, MissingPartError, SettingsError
 
@@ -80,3 +86,127 @@ def test_reduce_with_fewer_items_than_dimensions():
 def test_reduce_refuses_other_widths(width):
     with pytest.raises(SettingsError, match="choose 1 to 3"):
         embeddings(5, 3).reduce(width)
+
+
+def test_reduce_from_the_gram_matrix_equals_the_decomposition(monkeypatch):
+    given = embeddings(50, 12)
+    monkeypatch.setattr(base, "block_rows", lambda width: 7)
+    reduced = given.reduce(5).vectors
+    left, singular, right = np.linalg.svd(given.vectors.astype(np.float64), full_matrices=False)
+    largest = np.abs(right[:5]).argmax(axis=1)
+    signs = np.sign(right[np.arange(5), largest])
+    np.testing.assert_allclose(reduced, left[:, :5] * (singular[:5] * signs), atol=1e-5)
+
+
+# Masks
+
+
+def test_rows_of_absent_items_become_the_mean_and_the_mask_is_saved(tmp_path):
+    vectors = np.array([[1, 2], [np.nan, np.inf], [3, 6]], dtype=np.float32)
+    given = ItemEmbeddings(("a", "b", "c"), vectors, present=[True, False, True])
+    assert given.vectors.tolist() == [[1, 2], [2, 4], [3, 6]]
+    assert np.isnan(vectors[1, 0])  # the array that was given stays as it is
+    given.save(tmp_path / "vectors.safetensors")
+    found = ItemEmbeddings.load(tmp_path / "vectors.safetensors")
+    assert found.present.tolist() == [True, False, True]
+    assert found.fingerprint == given.fingerprint
+    assert ItemEmbeddings(given.item_ids, given.vectors).fingerprint != given.fingerprint
+    assert ItemEmbeddings(("a",), np.ones((1, 2)), present=[True]).present is None
+    assert "1 without their own" in repr(given)
+
+
+def test_masks_that_make_no_sense():
+    with pytest.raises(DataError, match="must be bool, one value for each item"):
+        ItemEmbeddings(("a", "b"), np.ones((2, 2)), present=[True])
+    with pytest.raises(DataError, match="must be bool"):
+        ItemEmbeddings(("a", "b"), np.ones((2, 2)), present=[0, 1])
+    with pytest.raises(DataError, match="no item is present"):
+        ItemEmbeddings(("a",), np.full((1, 2), np.nan), present=[False])
+    with pytest.raises(DataError, match=r"first item 'a' \(row 0\)"):  # present, so it must be finite
+        ItemEmbeddings(("a", "b"), np.array([[np.nan], [np.nan]]), present=[True, False])
+
+
+def test_an_item_with_two_vectors_is_refused():
+    with pytest.raises(DataError, match="item 'a' has two vectors, in rows 0 and 2"):
+        ItemEmbeddings(("a", "b", "a"), np.ones((3, 2)))
+
+
+def test_reduce_looks_at_present_items_alone():
+    vectors = np.zeros((40, 3), np.float32)
+    vectors[:20, 0], vectors[20:, 1] = 1, 100
+    reduced = ItemEmbeddings(tuple(map(str, range(40))), vectors, present=np.arange(40) < 20).reduce(1)
+    np.testing.assert_allclose(reduced.vectors[:20, 0], 1, atol=1e-6)
+    np.testing.assert_allclose(reduced.vectors[20:, 0], 0, atol=1e-6)
+    assert not reduced.present[20:].any()
+
+
+def test_select():
+    given = ItemEmbeddings(("a", "b", "c"), np.array([[1.0], [2.0], [3.0]]), {"x": 1}, [True, False, True])
+    chosen = given.select([2, 1])
+    assert (chosen.item_ids, chosen.vectors.tolist(), chosen.source) == (("c", "b"), [[3], [2]], {"x": 1})
+    assert chosen.present.tolist() == [True, False]
+    assert given.select(np.array([False, True, False])).present.tolist() == [False]
+    assert given.select(slice(0, 2)).item_ids == ("a", "b")
+    assert given.select(np.array([True, False, True])).present is None
+    assert len(given.select([])) == 0
+    for rows in ([3], np.array([True, False])):
+        with pytest.raises(DataError, match="can't select these rows of 3 items"):
+            given.select(rows)
+
+
+def test_align(caplog):
+    given = ItemEmbeddings(("a", "b", "c", "d"), np.array([[1.0], [2.0], [4.0], [9.0]]), {"x": 1})
+    assert given.align(given.item_ids) is given
+    with caplog.at_level(logging.INFO):
+        aligned = given.align(["c", "a"])
+    assert aligned.item_ids == ("c", "a")
+    assert aligned.vectors.tolist() == [[4], [1]]
+    assert aligned.present is None
+    assert "2 of 4 items aren't in the catalogue" in caplog.text
+    with pytest.raises(
+        ItemOrderError, match=r"mine have no vector for 1 of the 3 items .* first 'new'.*missing=\"mask"
+    ):
+        given.align(["c", "new", "a"], what="mine")
+    masked = given.align(["c", "new", "a"], missing="mask")
+    assert masked.vectors.tolist() == [[4], [2.5], [1]]
+    assert masked.present.tolist() == [True, False, True]
+    with pytest.raises(ItemOrderError, match=r"2 of the 2 items .* look like 'a'"):
+        given.align(["1", "2"], missing="mask")
+    with pytest.raises(SettingsError, match="missing is 'drop'"):
+        given.align(["a"], missing="drop")
+
+
+# Memory maps
+
+
+def test_a_memory_map_is_never_copied_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_files, "BLOCK_BYTES", 2**18)
+    vectors = np.random.default_rng(0).normal(size=(40_000, 64)).astype(np.float32)  # 10 MB
+    item_ids = tuple(map(str, range(len(vectors))))
+    np.save(tmp_path / "vectors.npy", vectors)
+    expected = ItemEmbeddings(item_ids, vectors)
+    fingerprint, reduced = expected.fingerprint, expected.reduce(2).vectors
+    tracemalloc.start()
+    given = ItemEmbeddings.load(tmp_path / "vectors.npy", item_ids=item_ids, memory_map=True)
+    assert given.fingerprint == fingerprint
+    np.testing.assert_allclose(given.reduce(2).vectors, reduced, atol=1e-4)
+    given.save(tmp_path / "saved.safetensors")
+    again = ItemEmbeddings.load(tmp_path / "saved.safetensors", memory_map=True)
+    part = given.select(slice(10, 30_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9_000_000 + 2 * 4 * 40_000  # IDs and their sets, blocks; not 10 MB more
+    for one in (given, again, part):
+        assert isinstance(one.vectors, np.memmap)
+        assert not one.vectors.flags.writeable
+    assert again.fingerprint == fingerprint
+    assert np.array_equal(load_file(tmp_path / "saved.safetensors")["vectors"], vectors)  # as the library reads it
+    usual = (tmp_path / "vectors.npy").stat().st_mode
+    assert stat.S_IMODE((tmp_path / "saved.safetensors").stat().st_mode) == stat.S_IMODE(usual)
+
+
+def test_a_mapped_row_that_is_masked_must_be_finite(tmp_path):
+    np.save(tmp_path / "vectors.npy", np.array([[1.0], [np.nan]], dtype=np.float32))
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    with pytest.raises(DataError, match=r"item 'b' .* is masked and its row of the memory-mapped file"):
+        ItemEmbeddings(("a", "b"), mapped, present=[True, False])

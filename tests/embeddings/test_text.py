@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from unittest.mock import Mock
 
 import datasets
@@ -258,3 +259,24 @@ def test_sentence_transformers_pool_as_they_say():
     length = np.linalg.norm(plain, axis=1, keepdims=True)
     assert (length > 1.5).all()
     np.testing.assert_allclose(plain / length, found, atol=1e-3)  # and is a mean over tokens otherwise
+
+
+def test_items_without_text_are_masked(tmp_path):
+    items = catalogue(title=["red shoe", None, "blue hat", " "])
+    found = embed_text(items, cache_dir=tmp_path)
+    assert found.present.tolist() == [True, False, True, False]
+    np.testing.assert_allclose(found.vectors[1], found.vectors[[0, 2]].mean(axis=0), atol=1e-6)
+    assert embed_text(items, cache_dir=tmp_path).present.tolist() == [True, False, True, False]
+    assert embed_text(catalogue(title=["red", "blue"])).present is None
+
+
+def test_an_encoder_that_lacks_weights_is_refused(encoder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    shutil.copytree(encoder[0], folder)
+    state = load_file(folder / "model.safetensors")
+    del state[next(name for name in state if "layer" in name and name.endswith("weight") and "decoder" not in name)]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingPartError, match=r"lacks 1 weight\(s\) of its model"):
+        embed_text(catalogue(title=["red"]), encoder=str(folder))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from llmrec.errors import MissingPartError, SettingsError
+from llmrec.files import read_json
 from llmrec.item_tokenizers.base import ItemTokenizer
-from llmrec.item_tokenizers.fitting import FitSettings
+from llmrec.item_tokenizers.fitting import FitSettings, fit_from_settings
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 
 ROOT = Path(__file__).parents[2]
@@ -18,30 +19,45 @@ SHORT = """
 method: {method}
 dataset: synthetic
 dataset_options: {{num_users: 60, num_items: 50}}
-text: {{encoder: tfidf, width: 16}}
+embeddings:
+  text: {{from: text, encoder: tfidf, width: 16}}
 {more}
 item_tokenizer: {{num_codebooks: 3, codebook_size: 8, codebook_dim: 8, hidden_sizes: [16], epochs: 2{settings}}}
 """
+TEXT = "embeddings: {text: {from: text}}"
 
 
 def test_every_settings_file_is_read():
-    assert len(SETTINGS_FILES) == 5
+    assert len(SETTINGS_FILES) == 11
     for path in SETTINGS_FILES:
         settings = FitSettings.from_yaml(path)
-        assert settings.new_tokenizer().codebook_sizes
+        assert settings.index or settings.new_tokenizer().codebook_sizes
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method: letter\ndataset: synthetic", "needs collaborative"),
-        ("method: rq_vae\ndataset: synthetic\ncollaborative: sasrec", "takes no collaborative"),
-        ("method: vae\ndataset: synthetic", "unknown method 'vae'; known: letter, rq_vae"),
+        (
+            f"method: letter\ndataset: synthetic\n{TEXT}",
+            "letter needs embeddings of text and collaborative, found text",
+        ),
+        ("method: rq_vae\ndataset: synthetic", "rq_vae needs embeddings of one modality, found none"),
+        (
+            "method: rq_vae\ndataset: synthetic\nembeddings: {text: {from: text}, cf: {from: sasrec}}",
+            "one modality, found text, cf",
+        ),
+        ("method: simcit\ndataset: synthetic", "one or more modalities, found none"),
+        ("method: vae\ndataset: synthetic", "unknown method 'vae'; known: rq_vae"),
         ("method: rq_vae", "dataset must be set"),
-        ("method: rq_vae\ndataset: synthetic\ncolour: red", "unknown setting 'colour'"),
-        ("method: rq_vae\ndataset: synthetic\nitem_tokenizer: {beta: 1}", "unknown setting 'beta'"),
-        ("method: rq_vae\ndataset: synthetic\nitem_tokenizer: {learning_rate: 1e-4}", r"write 1\.0e-4"),
-        ("method: rq_vae\ndataset: synthetic\nsasrec: {epochs: 1}", "sasrec settings are given"),
+        (f"method: rq_vae\ndataset: synthetic\ncolour: red\n{TEXT}", "unknown setting 'colour'"),
+        (f"method: rq_vae\ndataset: synthetic\n{TEXT}\nitem_tokenizer: {{beta: 1}}", "unknown setting 'beta'"),
+        (
+            f"method: rq_vae\ndataset: synthetic\n{TEXT}\nitem_tokenizer: {{learning_rate: 1e-4}}",
+            r"write 1\.0e-4",
+        ),
+        ("method: rq_vae\ndataset: synthetic\nembeddings: {text: {encoder: tfidf}}", "say where it comes from"),
+        (f"method: rq_vae\ndataset: synthetic\n{TEXT}\nindex: x.json", "given_codes, and only it, has an index"),
+        ("method: given_codes\ndataset: synthetic", "given_codes, and only it, has an index"),
         ("- a list", "name: value"),
         ("a: [", "not valid YAML"),
     ],
@@ -62,13 +78,13 @@ def run_script(*arguments):
 
 def test_the_script_fits_saves_and_prints(tmp_path):
     path, out = tmp_path / "settings.yaml", tmp_path / "out"
-    more = "collaborative: sasrec\ncollaborative_width: 8\nsasrec: {width: 16, epochs: 1}"
+    more = "  collaborative: {from: sasrec, width: 16, epochs: 1, reduce_to: 8}"
     path.write_text(SHORT.format(method="letter", more=more, settings=", num_clusters: 2"))
     done = run_script("--config", path, "--output_dir", out)
     assert done.returncode == 0, done.stderr
     assert "collision rate" in done.stdout
     assert "0 after" in done.stdout
-    names = ["diagnostics.json", "item_tokenizer", "sasrec", "semantic_ids.safetensors"]
+    names = ["diagnostics.json", "item_tokenizer", "report.html", "sasrec", "semantic_ids.safetensors"]
     assert sorted(file.name for file in out.iterdir()) == names
     semantic_ids = SemanticIds.load(out / "semantic_ids.safetensors")
     assert semantic_ids.is_unique
@@ -76,6 +92,34 @@ def test_the_script_fits_saves_and_prints(tmp_path):
     tokenizer = ItemTokenizer.from_pretrained(out / "item_tokenizer")
     assert tokenizer.widths["collaborative"] == 8
     assert np.all(semantic_ids.codes < 8)
+
+
+def test_figures_reach_the_trackers_and_the_report(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        SHORT.format(method="rq_vae", more="", settings=", evaluate_every: 1") + "log_with: [tensorboard]\n"
+    )
+    fit_from_settings(FitSettings.from_yaml(path), tmp_path / "out", progress=False)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload()
+    assert {"loss", "loss_reconstruction", "collision_rate", "used_a", "perplexity_c"} <= set(found.Tags()["scalars"])
+    steps = [event.step for event in found.Scalars("collision_rate")]
+    history = read_json(tmp_path / "out" / "diagnostics.json")["fit_history"]
+    assert steps == [figures["epoch"] for figures in history] == [1, 2]
+    losses = [event.value for event in found.Scalars("loss")]
+    assert losses == pytest.approx([figures["loss"] for figures in history], rel=1e-5)
+
+
+def test_published_codes_are_measured_and_saved_like_fitted_ones(tmp_path, beauty_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = FitSettings.from_yaml(ROOT / "tokenizers" / "beauty" / "published_letter.yaml")
+    fitted = fit_from_settings(settings, tmp_path, progress=False)
+    assert [level.used for level in fitted.before.levels] == [197, 256, 256, 256]
+    assert fitted.before.collision_rate == pytest.approx(13 / 12_101)
+    tokenizer = ItemTokenizer.from_pretrained(tmp_path / "item_tokenizer")
+    assert np.array_equal(tokenizer.semantic_ids.codes, fitted.semantic_ids.codes)
 
 
 def test_the_script_says_in_one_line_what_is_wrong(tmp_path, capsys):

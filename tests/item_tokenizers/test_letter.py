@@ -6,6 +6,8 @@ import torch
 
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, SettingsError
+from llmrec.item_tokenizers.fit_loop import TrainBatch
+from llmrec.item_tokenizers.item_vectors import ItemBatch
 from llmrec.item_tokenizers.letter import (
     CodeClusters,
     LetterConfig,
@@ -13,7 +15,8 @@ from llmrec.item_tokenizers.letter import (
     collaborative_loss,
     diversity_loss,
 )
-from llmrec.item_tokenizers.rq_vae import RQVAE, rq_vae_loss
+from llmrec.item_tokenizers.rq_vae import RQVAE, rq_vae_losses
+from llmrec.processes import Processes
 
 
 def tensors(*shape, seed=0):
@@ -68,7 +71,7 @@ def test_partners_are_the_other_members_evenly():
     labels = np.array([2, 0, 1, 0, 2, 0, 2, 2])  # 0: 1 3 5, 1: 2, 2: 0 4 6 7
     clusters = CodeClusters.from_labels(labels)
     codes = torch.tensor([0, 1, 2]).repeat_interleave(3000)
-    partners = clusters.draw_partners(codes, torch.Generator().manual_seed(0))
+    partners = clusters.draw_partners(codes, torch.rand(9000, generator=torch.Generator().manual_seed(0)))
     counts = [torch.bincount(part, minlength=8).tolist() for part in partners.split(3000)]
     assert [code for code, count in enumerate(counts[0]) if count] == [4, 6, 7]
     assert [code for code, count in enumerate(counts[1]) if count] == [3, 5]
@@ -77,10 +80,15 @@ def test_partners_are_the_other_members_evenly():
     assert min(counts[1][code] for code in (3, 5)) > 1400
 
 
+def whole_batch(vectors):
+    present = {name: torch.ones(len(tensor), dtype=torch.bool) for name, tensor in vectors.items()}
+    size, draws = len(vectors["text"]), torch.Generator().manual_seed(0)
+    return TrainBatch(ItemBatch(vectors, present), size, Processes.alone("cpu"), draws)
+
+
 def gradients(tokenizer, module, vectors):
     module.zero_grad()
-    rows = torch.arange(len(vectors["text"]))
-    tokenizer.batch_loss(module, rows, vectors, torch.Generator().manual_seed(0)).backward()
+    sum(tokenizer.batch_losses(module, whole_batch(vectors)).values()).backward()
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
@@ -106,13 +114,14 @@ def test_the_whole_loss_is_the_sum_of_its_terms(reduction):
     settings = {"reduction": reduction, "collaborative_weight": 0.3, "diversity_weight": 0.2, "sinkhorn_epsilon": 0.0}
     tokenizer, module = tokenizer_and_module(**settings)
     vectors = {"text": tensors(30, 10), "collaborative": tensors(30, 4, seed=1)}
-    total = tokenizer.batch_loss(module, torch.arange(30), vectors, torch.Generator().manual_seed(0))
-    out, draws = module(vectors["text"]), torch.Generator().manual_seed(0)
+    losses = tokenizer.batch_losses(module, whole_batch(vectors))
+    assert list(losses) == ["reconstruction", "quantization", "collaborative", "diversity"]
+    out, draws = module(vectors["text"]), whole_batch(vectors).uniform(4)
     quantized = out.quantized
     diversity = [
-        looped_diversity(codes, clusters.draw_partners(codes, draws), codebook)
-        for codes, clusters, codebook in zip(
-            quantized.codes.T, tokenizer._clusters, module.quantizer.codebooks, strict=True
+        looped_diversity(codes, clusters.draw_partners(codes, of_level), codebook)
+        for codes, clusters, of_level, codebook in zip(
+            quantized.codes.T, tokenizer._clusters, draws.T, module.quantizer.codebooks, strict=True
         )
     ]
     levels = quantized.codebook_losses + 0.25 * quantized.commitment_losses + 0.2 * torch.stack(diversity)
@@ -121,7 +130,7 @@ def test_the_whole_loss_is_the_sum_of_its_terms(reduction):
     else:
         expected = (out.reconstruction - out.inputs).square().mean() + levels.sum() / 4
     expected = expected + 0.3 * collaborative_loss(quantized.vectors, vectors["collaborative"])
-    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(sum(losses.values()), expected)
 
 
 def test_sinkhorn_is_on_in_training_and_off_in_evaluation():
@@ -131,7 +140,7 @@ def test_sinkhorn_is_on_in_training_and_off_in_evaluation():
     assert evaluation.tolist() == module.quantizer.encode(module.latents(inputs)).tolist()
     assert training[:, :3].tolist() == evaluation[:, :3].tolist()
     assert training[:, 3].tolist() != evaluation[:, 3].tolist()
-    assert rq_vae_loss(module(inputs), LetterConfig()) > 0
+    assert min(rq_vae_losses(module(inputs), LetterConfig()).values()) > 0
 
 
 def test_collaborative_vectors_of_another_width_name_the_remedy():

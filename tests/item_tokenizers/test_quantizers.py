@@ -6,6 +6,7 @@ from llmrec.errors import SettingsError
 from llmrec.item_tokenizers.quantizers import (
     ResidualQuantizer,
     nearest_codes,
+    revive_dead_codes,
     sinkhorn_codes,
     squared_distances,
     squared_error,
@@ -154,7 +155,8 @@ def test_revive_moves_dead_codes_only():
     codes = model.encode(latents)
     used = [set(level.tolist()) for level in codes.T]
     before = [codebook.detach().clone() for codebook in model.codebooks]
-    counts = model.revive(latents, codes, np.random.default_rng(0))
+    books = list(model.codebooks)
+    counts = revive_dead_codes(books, codes.numpy(), lambda rows: latents[rows], np.random.default_rng(0))
     assert counts == [16 - len(level) for level in used]
     assert counts[0] >= 13
     for code in used[0]:

@@ -63,6 +63,7 @@ def test_saved_and_loaded_equal(tmp_path, policy):
     loaded = SemanticIds.load(path, item_ids=saved.item_ids)
     assert loaded.item_ids == saved.item_ids
     assert loaded.codebook_sizes == saved.codebook_sizes
+    assert saved.report is not None
     assert (loaded.policy, loaded.report) == (policy, saved.report)
     np.testing.assert_array_equal(loaded.codes, saved.codes)
     with pytest.raises(ItemOrderError, match="row 0"):
@@ -106,7 +107,10 @@ def test_index_files_are_read_by_key_not_by_order(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"0": ["<a_1>"], "1": ["<a_1>", "<b_1>"]}, "item '1'"),
+        ({"0": ["<a_1>"], "1": ["<a_1>", "<b_1>", "<c_1>"]}, "item '0'"),
+        ({"0": ["<a_1>", "<c_1>"], "1": ["<a_1>", "<b_1>", "<c_1>"]}, "only the last one may be missing"),
+        ({"0": [], "1": ["<a_1>"]}, "item '0'"),
+        ({"0": 5, "1": ["<a_1>"]}, "item '0'"),
         ({"0": ["<b_1>", "<a_1>"], "1": ["<a_1>", "<b_1>"]}, "item '0'"),
         ({"0": ["<a_1>", "<b_1>"], "2": ["<a_1>", "<b_1>"]}, "first '1'"),
         ({"0": ["<a_1>"], "1": ["<a_1>"], "2": ["<a_1>"]}, "of 3 items, the catalogue 2"),
@@ -116,6 +120,31 @@ def test_index_files_are_read_by_key_not_by_order(tmp_path):
 def test_malformed_index_files_are_refused(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         SemanticIds.from_index_json(write_index(tmp_path, content), ["first", "second"])
+
+
+@pytest.mark.parametrize(("token", "first"), [("<{}_{}>", 0), ("<|{}_{}|>", 1)])
+def test_a_counter_on_colliding_items_alone(tmp_path, token, first):
+    # MiniOneRec's constrained variant: codes and ranks start at 1; elsewhere ranks start at 0 and are shifted.
+    rows = {"0": (3, 1), "1": (2, 4, first), "2": (2, 4, first + 1), "3": (2, 4, first + 2), "4": (1, 4)}
+    content = {key: [token.format("abc"[level], code) for level, code in enumerate(row)] for key, row in rows.items()}
+    path = write_index(tmp_path, content)
+    semantic_ids = SemanticIds.from_index_json(path, list("vwxyz"))
+    assert semantic_ids.codes.tolist() == [[3, 1, 0], [2, 4, 1], [2, 4, 2], [2, 4, 3], [1, 4, 0]]
+    assert semantic_ids.codebook_sizes == (5, 5, 4)
+    assert (semantic_ids.policy, semantic_ids.report) == ("extra_level", None)
+    assert semantic_ids.make_unique("extra_level") is semantic_ids
+    assert SemanticIds.from_index_json(path, list("vwxyz"), codebook_sizes=8).codebook_sizes == (8, 8, 4)
+    assert SemanticIds.from_index_json(path, list("vwxyz"), policy="min_cost").policy == "min_cost"
+    assert semantic_ids.append(["new"], [[3, 1]]).codes[-1].tolist() == [3, 1, 1]
+    with pytest.raises(DataError, match=r"code number 4 at level 1, .* start at 1: give one more"):
+        SemanticIds.from_index_json(path, list("vwxyz"), codebook_sizes=4)
+
+
+def test_items_that_collide_without_a_counter_are_not_called_unique(tmp_path):
+    content = {"0": ["<a_0>"], "1": ["<a_0>"], "2": ["<a_0>", "<b_1>"]}
+    semantic_ids = SemanticIds.from_index_json(write_index(tmp_path, content), list("xyz"))
+    assert semantic_ids.codes.tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert (semantic_ids.policy, semantic_ids.report.collisions_after) == ("allow", 1)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
@@ -133,6 +162,8 @@ def test_published_index_files():
     office = DATA / "office" / "Office_Products.index.json"
     semantic_ids = SemanticIds.from_index_json(office, [str(row) for row in range(3_459)])
     assert (semantic_ids.num_levels, semantic_ids.num_distinct) == (3, 3_444)
+    assert (semantic_ids.policy, semantic_ids.report.collisions_after) == ("allow", 15)
+    assert semantic_ids.make_unique("extra_level").codebook_sizes == (256, 256, 256, 2)
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):

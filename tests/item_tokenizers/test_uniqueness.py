@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from llmrec.errors import SettingsError
-from llmrec.item_tokenizers import uniqueness
-from llmrec.item_tokenizers.semantic_ids import SemanticIds
-from llmrec.item_tokenizers.uniqueness import CodeGeometry, assign_min_cost
+from llmrec.item_tokenizers import code_assignment
+from llmrec.item_tokenizers.code_assignment import assign_min_cost
+from llmrec.item_tokenizers.semantic_ids import POLICIES, SemanticIds
+from llmrec.item_tokenizers.uniqueness import CodeGeometry
 
 
 def semantic_ids_of(codes, sizes):
@@ -71,7 +72,7 @@ def test_greedy_assignment_of_huge_groups_is_unique_and_never_cheaper(seed, monk
     geometry = random_geometry(seed, 60, sizes)
     before = semantic_ids_of(nearest(geometry), sizes)
     optimal = before.make_unique(geometry=geometry)
-    monkeypatch.setattr(uniqueness, "GREEDY_ABOVE", 0)
+    monkeypatch.setattr(code_assignment, "GREEDY_ABOVE", 0)
     greedy = before.make_unique(geometry=geometry)
     assert greedy.is_unique
     optimal_cost, greedy_cost = (
@@ -137,6 +138,98 @@ def test_sinkhorn_separates_residuals_that_differ_but_far_from_the_nearest_code(
     left = semantic_ids_of(nearest(twins), sizes).make_unique("sinkhorn", geometry=twins)
     assert not left.is_unique  # identical residuals are never told apart
     assert left.report.collisions_after == 1
+
+
+def test_every_policy_reports_what_it_cost():
+    geometry = random_geometry(3, 40, (2, 24), width=16)
+    before = semantic_ids_of(nearest(geometry), (2, 24))
+    reports = {policy: before.make_unique(policy, geometry=geometry).report for policy in POLICIES}
+    assert {report.collisions_before for report in reports.values()} == {40 - before.num_distinct}
+    assert reports["allow"].moved == 0
+    assert reports["allow"].collisions_after == 40 - before.num_distinct
+    assert reports["allow"].distortion_before is None
+    counted = reports["extra_level"]  # a counter stands for no vector: nothing gets further away
+    assert (counted.moved, counted.collisions_after) == (40 - before.num_distinct, 0)
+    assert counted.distortion_before == counted.distortion_after > 0
+    for policy in ("min_cost", "sinkhorn"):
+        assert reports[policy].distortion_after > reports[policy].distortion_before > 0
+
+
+def test_greedy_gives_the_nearest_items_their_nearest_code(monkeypatch):
+    # Last codes at 0, 1, 5. Nearest first: item 1 (.1) takes 0, item 2 (.3) takes 1, item 0 (.4) is left with 5.
+    monkeypatch.setattr(code_assignment, "GREEDY_ABOVE", 2)
+    codebooks = (np.zeros((1, 1), dtype=np.float32), np.array([[0], [1], [5]], dtype=np.float32))
+    geometry = CodeGeometry(np.array([[0.4], [0.1], [0.3]], dtype=np.float32), codebooks)
+    assert assign_min_cost(np.zeros((3, 2), dtype=int), (1, 3), geometry)[:, 1].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_of_any_size_and_mapped_vectors_give_the_same_codes(seed, monkeypatch, tmp_path):
+    sizes = (3, 3, 12)
+    geometry = random_geometry(seed, 100, sizes)
+    codes = nearest(geometry) // 2
+    whole = assign_min_cost(codes, sizes, geometry)
+    without = assign_min_cost(codes, sizes, None)
+    np.save(tmp_path / "latents.npy", geometry.latents)
+    mapped = CodeGeometry(np.load(tmp_path / "latents.npy", mmap_mode="r"), geometry.codebooks)
+    monkeypatch.setattr(code_assignment, "BLOCK_DISTANCES", 1)
+    np.testing.assert_array_equal(assign_min_cost(codes, sizes, mapped), whole)
+    np.testing.assert_array_equal(assign_min_cost(codes, sizes, None), without)
+
+
+def dictionary_reference(codes, size):
+    held, late = {}, []
+    for row, item in enumerate(map(tuple, codes.tolist())):
+        if item in held:
+            late.append((item, row))
+        else:
+            held[item] = row
+    after = codes.copy()
+    for item, row in sorted(late):
+        code = next(code for code in range(size) if (*item[:-1], code) not in held)
+        held[(*item[:-1], code)] = row
+        after[row, -1] = code
+    return after
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_geometry_the_answer_is_that_of_a_dictionary_of_tuples(seed):
+    codes = np.random.default_rng(seed).integers(0, (6, 5, 40), (600, 3))
+    assert np.bincount(codes[:, 0] * 5 + codes[:, 1]).max() <= 40
+    after = semantic_ids_of(codes, (6, 5, 40)).make_unique()
+    assert after.report.moved > 50
+    np.testing.assert_array_equal(after.codes, dictionary_reference(codes, 40))
+
+
+@pytest.mark.parametrize("with_geometry", [True, False])
+def test_prefixes_with_room_keep_their_items_when_another_overflows(with_geometry):
+    codes = np.concatenate([np.zeros((10, 2), dtype=int), [[2, code] for code in range(4)], [[3, 0]]])
+    geometry = random_geometry(0, 15, (5, 4)) if with_geometry else None
+    after = assign_min_cost(codes, (5, 4), geometry)
+    assert len(np.unique(after, axis=0)) == 15
+    assert (after[:10, 0] == 0).sum() == 4
+    np.testing.assert_array_equal(after[10:14], codes[10:14])
+    if not with_geometry:
+        assert after[:, 0].tolist() == [0] * 4 + [1] * 4 + [3] * 2 + [2] * 4 + [3]
+
+
+def test_ten_thousand_equal_items_are_told_apart():
+    sizes = (16, 32, 32)
+    geometry = random_geometry(0, 10_000, sizes)
+    equal = CodeGeometry(np.repeat(geometry.latents[:1], 10_000, axis=0), geometry.codebooks)
+    after = semantic_ids_of(nearest(equal), sizes).make_unique(geometry=equal)
+    assert after.is_unique
+    # They fill the nearest prefixes, all but the last one whole.
+    distances = equal.distances(np.arange(1), np.zeros((1, 3), dtype=int), 0)[0]
+    filled = np.bincount(after.codes[:, 0], minlength=16)[np.argsort(distances)]
+    assert filled.tolist() == [1024] * 9 + [10_000 - 9 * 1024] + [0] * 6
+
+
+def test_equal_vectors_get_the_nearest_free_codes_of_their_prefix():
+    codebooks = (np.zeros((1, 1), dtype=np.float32), np.array([[9], [1], [0], [2], [7]], dtype=np.float32))
+    geometry = CodeGeometry(np.array([[0.1], [0.1], [0.1], [1.0]], dtype=np.float32), codebooks)
+    after = assign_min_cost(nearest(geometry), (1, 5), geometry)
+    assert after[:, 1].tolist() == [2, 3, 4, 1]
 
 
 def test_large_random_catalogue_is_quick():

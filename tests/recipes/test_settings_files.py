@@ -27,7 +27,7 @@ def _read_devices(path):
 
 READERS = {
     "recipes": (_read_recipe, 2),
-    "tokenizers": (FitSettings.from_yaml, 5),
+    "tokenizers": (FitSettings.from_yaml, 11),
     "eval": (EvaluationSettings.from_yaml, 3),
     "accelerate_configs": (_read_devices, 4),
 }
