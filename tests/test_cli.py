@@ -317,7 +317,7 @@ def test_embed_images(run, fails, dataset, tmp_path):
 FIT = """
 method: rq_vae
 dataset: {dataset}
-text: {{width: 8}}
+embeddings: {{text: {{from: text, width: 8}}}}
 item_tokenizer: {{num_codebooks: 3, codebook_size: 8, codebook_dim: 4, hidden_sizes: [8], epochs: 2{more}}}
 """
 

@@ -157,7 +157,7 @@ def test_select():
 def test_align(caplog):
     given = ItemEmbeddings(("a", "b", "c", "d"), np.array([[1.0], [2.0], [4.0], [9.0]]), {"x": 1})
     assert given.align(given.item_ids) is given
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="llmrec"):
         aligned = given.align(["c", "a"])
     assert aligned.item_ids == ("c", "a")
     assert aligned.vectors.tolist() == [[4], [1]]

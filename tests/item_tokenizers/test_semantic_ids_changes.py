@@ -128,7 +128,7 @@ def test_allow_and_sinkhorn(caplog):
     assert (allowed.policy, allowed.report.collisions_before, allowed.report.collisions_after) == ("allow", 1, 1)
     codes = np.array([[0, 0], [0, 0], [0, 1]])  # a collision that sinkhorn left
     before = SemanticIds(("a", "b", "c"), codes, (1, 4), "sinkhorn")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="llmrec"):
         after = before.append(["x", "y"], [[0, 0], [0, 1]])
     assert after.codes.tolist() == [[0, 0], [0, 0], [0, 1], [0, 2], [0, 3]]
     assert (after.policy, after.report.policy) == ("sinkhorn", "min_cost")

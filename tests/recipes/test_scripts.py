@@ -18,7 +18,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_confi
 CODES = """
 method: rq_vae
 dataset: synthetic
-text: {width: 16}
+embeddings: {text: {from: text, width: 16}}
 item_tokenizer: {num_codebooks: 3, codebook_size: 16, codebook_dim: 8, hidden_sizes: [16], batch_size: 200, epochs: 2}
 """
 
