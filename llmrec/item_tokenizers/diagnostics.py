@@ -277,7 +277,7 @@ def collapse_warning(figures: Mapping[str, float], sizes: Sequence[int], num_ite
     if warning is None:
         return None
     return (
-        f"{warning} (collapse): set revive_dead_codes, a smaller learning_rate, or standardize, start the codebooks"
+        f"{warning} (collapse): set revive_until, a smaller learning_rate, or standardize, start the codebooks"
         " with k-means, and see whether the embeddings differ between items"
     )
 

@@ -32,8 +32,15 @@ class LetterConfig(RQVAEConfig):
     Sinkhorn and constrained k-means are on as in the authors' code. The defaults of `collaborative_weight` and
     `diversity_weight` are those of the authors' commands (their code's own default for the latter, 0.1, is not what
     they ran); their search grids were 0.1, 0.02, 0.01, 0.001 and 1e-2 to 1e-5. As the authors train:
-    `epochs=20000, schedule="constant", learning_rate=1e-3, standardize=False, revive_dead_codes=False,
+    `epochs=20000, schedule="constant", learning_rate=1e-3, standardize=False, revive_until=0.0,
     hidden_sizes=(2048, 1024, 512, 256, 128, 64)`.
+
+    On Amazon Beauty (MiniLM titles, our own SASRec, `eval/benchmarks/codes.py` on validation, one seed, standard error
+    .002) a small recommender on the codes found, of the next items, this share among its ten best: alpha 0.3, 300
+    epochs, no revival .0848; revival in the first 20 of 150 epochs .0834; alpha 0.3 and 1, 100 epochs, revival to the
+    end of three quarters .0812 and .0822; alpha 1, 300 epochs, no revival .0783; the published codes .0877. Without
+    revival a level ends with 112 to 256 codes in use, with it 256, but an item's nearest share its first codes more
+    often without (by title 37 % against 29 %, by SASRec 20 % against 12 %).
 
     Attributes:
         collaborative_weight: Weight alpha of the collaborative loss.

@@ -41,7 +41,7 @@ class RQKMeansPlusConfig:
         size_slack: Of that RQ-KMeans: how far sizes may be from N / K, as a share of it.
         kmeans_iterations: Of that RQ-KMeans: rounds of a level at most.
         balanced_items: Of that RQ-KMeans: items that are balanced together at most.
-        revive_dead_codes: Whether codes that no item uses are moved onto residuals of random items at each measuring,
+        revive_until: Share of training in which codes that no item uses are moved onto residuals of random items,
             as in `RQVAEConfig`. The authors don't; the balanced start leaves few dead codes.
         epochs: Passes over the catalogue.
         batch_size: Items of a step; the last short batch is kept.
@@ -66,7 +66,7 @@ class RQKMeansPlusConfig:
     size_slack: float = 0.0
     kmeans_iterations: int = 100
     balanced_items: int = 65_536
-    revive_dead_codes: bool = False
+    revive_until: float = 0.0
     epochs: int = 200
     batch_size: int = 1024
     learning_rate: float = 1e-4

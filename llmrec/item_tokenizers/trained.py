@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class TrainedTokenizer(ItemTokenizer):
     """Base of the methods that train a network; see `ItemTokenizer`.
 
-    The config holds the fields of `LoopSettings`, and `revive_dead_codes` where the method can do that.
+    The config holds the fields of `LoopSettings`, and `revive_until` where the method can revive codes.
     """
 
     module: Any = None
@@ -82,7 +82,7 @@ class TrainedTokenizer(ItemTokenizer):
             warning = collapse_warning(figures, self.codebook_sizes, len(vectors))
             if warning and 2 * epochs_done >= config.epochs and processes.is_main:
                 logger.warning("epoch %d: %s", epochs_done, warning)
-            if getattr(config, "revive_dead_codes", False) and 4 * epochs_done < 3 * config.epochs:
+            if epochs_done < getattr(config, "revive_until", 0.0) * config.epochs:
                 draws = seeded(config.seed, epochs_done, 2)[1]
                 revive_dead_codes(
                     list(self.codebooks(module)), codes, lambda rows: self._latents_of(module, vectors, rows), draws

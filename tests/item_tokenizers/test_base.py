@@ -266,11 +266,11 @@ def test_standardised_inputs_have_mean_variance_one():
 
 def test_collapse_is_warned_of_with_the_remedy(caplog):
     vectors = ItemEmbeddings(tuple(map(str, range(200))), np.ones((200, 6)))
-    MAKE["RQVAETokenizer"](epochs=2, revive_dead_codes=False).fit(vectors, progress=False)
+    MAKE["RQVAETokenizer"](epochs=2, revive_until=0.0).fit(vectors, progress=False)
     assert "collapse" in caplog.text
-    assert "revive_dead_codes" in caplog.text
+    assert "revive_until" in caplog.text
 
 
 def test_a_diverging_fit_is_an_error_not_a_folder_of_nan():
     with pytest.raises(DataError, match="lower learning_rate"):
-        MAKE["RQVAETokenizer"](learning_rate=1e18, revive_dead_codes=False).fit(embeddings(), progress=False)
+        MAKE["RQVAETokenizer"](learning_rate=1e18, revive_until=0.0).fit(embeddings(), progress=False)

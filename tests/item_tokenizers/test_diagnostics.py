@@ -140,7 +140,7 @@ def _figures(used, perplexity):
 def test_collapse_is_named_with_its_remedy():
     assert collapse_warning(_figures((26, 256), (20, 250)), (256, 256), 1000) is None
     found = collapse_warning(_figures((25, 5), (20, 5)), (256, 256), 1000)
-    assert found.startswith("the items use only 5 of 256 codes of level b (collapse): set revive_dead_codes")
+    assert found.startswith("the items use only 5 of 256 codes of level b (collapse): set revive_until")
     assert "only 25 of 256 codes of level a" in collapse_warning(_figures((25, 30), (20, 30)), (256, 256), 1000)
     # Few items can't use more codes than they are.
     assert collapse_warning(_figures((25, 25), (20, 20)), (256, 256), 30) is None

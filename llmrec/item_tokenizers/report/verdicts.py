@@ -111,7 +111,7 @@ def _usage(after: CodeDiagnostics) -> Iterator[Verdict]:
         "Codes used", shares[worst], 0.75, 0.25,
         f"Of the level that uses fewest ({_letter(worst)}: {levels[worst].used:,} of {levels[worst].codebook_size:,})."
         " {0} and more is good, below {1} bad; the published LETTER codes of Beauty use 77% of their first level.",
-        "Revive dead codes (revive_dead_codes), start the codebooks with k-means, lower the learning rate, or use a"
+        "Revive dead codes (revive_until), start the codebooks with k-means, lower the learning rate, or use a"
         " smaller codebook.",
     )  # fmt: skip
     evenness = [level.perplexity / max(level.used, 1) for level in levels]

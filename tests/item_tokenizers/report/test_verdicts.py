@@ -51,7 +51,7 @@ def test_the_worst_level_is_named(good):
     found = _by_name(good, replace(good, levels=(good.levels[0], collapsed)))
     assert (found["Codes used"].state, found["Codes used"].value) == ("bad", "20.0%")
     assert "(b: 2 of 10)" in found["Codes used"].meaning
-    assert "revive_dead_codes" in found["Codes used"].remedy
+    assert "revive_until" in found["Codes used"].remedy
     assert found["Evenness"].state == "good"  # 1.18 of 2 used codes
     spiked = LevelUsage.of_counts(np.array([991] + [1] * 9))
     found = _by_name(good, replace(good, levels=(good.levels[0], spiked)))
