@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "fit_checkpoint.safetensors"
 Schedule = Literal["constant", "cosine"]
+Keep = Literal["lowest_collision_rate", "last"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LoopSettings:
     weight_decay: float
     schedule: Schedule
     evaluate_every: int
+    keep: Keep
     seed: int
 
     @classmethod
@@ -55,7 +57,7 @@ class FitState:
 
     Attributes:
         epoch: Epochs done.
-        best_epoch: The epoch whose weights are kept.
+        best_epoch: The epoch whose weights are kept: of the lowest collision rate, or the last.
         best_collision_rate: Their collision rate, nearest codes, no repair.
         history: What was measured, oldest first: "epoch" and figures by name.
     """
@@ -122,11 +124,11 @@ def run_epochs(
     checkpoint_folder: Path | None = None,
     monitor: Monitor | None = None,
 ) -> FitState:
-    """Trains a module and leaves it with the weights of the lowest collision rate (the latest of equal ones).
+    """Trains a module and leaves it with the last weights, or those of the lowest collision rate, as `keep` says.
 
-    The collision rate chooses, not the loss: RQ-VAE's loss may rise while its codes improve, and LETTER's authors
-    choose so too. Several processes have one module each, with the same weights: they divide every batch, and add
-    their gradients.
+    Of equal rates the latest. Where something chooses it is the collision rate, not the loss: RQ-VAE's loss may rise
+    while its codes improve, and LETTER's authors choose so too. Several processes have one module each, with the same
+    weights: they divide every batch, and add their gradients.
 
     Args:
         module: Trained in place, on the device it is on.
@@ -182,7 +184,7 @@ def run_epochs(
                 )
             figures |= measure(epoch + 1)
             rate, history = figures["collision_rate"], (*state.history, figures)
-            if rate <= state.best_collision_rate:
+            if settings.keep == "last" or rate <= state.best_collision_rate:
                 state, best = FitState(epoch + 1, epoch + 1, rate, history), weights
             else:
                 state = FitState(epoch + 1, state.best_epoch, state.best_collision_rate, history)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmrec.errors import SettingsError
-from llmrec.item_tokenizers.fit_loop import Schedule
+from llmrec.item_tokenizers.fit_loop import Keep, Schedule
 from llmrec.item_tokenizers.item_vectors import ItemVectors
 from llmrec.item_tokenizers.quantizers import Reduction, ResidualUpdate
 from llmrec.item_tokenizers.rq_kmeans import Balance, RQKMeansConfig, RQKMeansTokenizer
@@ -48,7 +48,8 @@ class RQKMeansPlusConfig:
         learning_rate: Of AdamW, the highest of the schedule.
         weight_decay: Of AdamW, on codebooks too.
         schedule: `"cosine"` down to 1 % of the rate, or `"constant"` (the authors).
-        evaluate_every: Epochs between two measurings of the collision rate, which choose the weights to keep.
+        evaluate_every: Epochs between two measurings.
+        keep: Which of the measured weights are kept, as in `RQVAEConfig`.
         seed: Of all draws.
 
     Raises:
@@ -73,6 +74,7 @@ class RQKMeansPlusConfig:
     weight_decay: float = 0.0
     schedule: Schedule = "cosine"
     evaluate_every: int = 5
+    keep: Keep = "lowest_collision_rate"
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmrec.errors import SettingsError
-from llmrec.item_tokenizers.fit_loop import Schedule, TrainBatch, seeded
+from llmrec.item_tokenizers.fit_loop import Keep, Schedule, TrainBatch, seeded
 from llmrec.item_tokenizers.item_vectors import ItemBatch, ItemVectors
 from llmrec.item_tokenizers.quantizers import (
     Initialisation,
@@ -61,7 +61,9 @@ class RQVAEConfig:
         learning_rate: Of AdamW, the highest of the schedule.
         weight_decay: Of AdamW, on codebooks too.
         schedule: `"cosine"` down to 1 % of the rate, or `"constant"` (the papers).
-        evaluate_every: Epochs between two measurings of the collision rate, which choose the weights to keep.
+        evaluate_every: Epochs between two measurings.
+        keep: Which of the measured weights are kept: those of the "lowest_collision_rate", as the authors do, or the
+            "last".
         seed: Of all draws.
 
     Raises:
@@ -88,6 +90,7 @@ class RQVAEConfig:
     weight_decay: float = 1e-4
     schedule: Schedule = "cosine"
     evaluate_every: int = 5
+    keep: Keep = "lowest_collision_rate"
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class RQVAEConfig:
         if self.revive_until > 1:
             raise SettingsError(f"revive_until is {self.revive_until}: it is a share of training, at most 1")
         choices = {"reduction": Reduction, "residual_update": ResidualUpdate, "schedule": Schedule,
-                   "initialisation": Initialisation}  # fmt: skip
+                   "initialisation": Initialisation, "keep": Keep}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; known: {', '.join(get_args(known))}")

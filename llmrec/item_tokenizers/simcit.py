@@ -21,7 +21,7 @@ from torch.nn import functional
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, SettingsError
 from llmrec.item_tokenizers.base import Monitor
-from llmrec.item_tokenizers.fit_loop import Schedule, TrainBatch, seeded
+from llmrec.item_tokenizers.fit_loop import Keep, Schedule, TrainBatch, seeded
 from llmrec.item_tokenizers.item_vectors import ItemBatch, ItemVectors
 from llmrec.item_tokenizers.quantizers import ResidualQuantizer, residual_codes, squared_distances
 from llmrec.item_tokenizers.trained import TrainedTokenizer, mean_and_scale, sample_rows
@@ -86,7 +86,9 @@ class SimCITConfig:
         learning_rate: Of AdamW, the highest of the schedule.
         weight_decay: Of AdamW, on codebooks too.
         schedule: `"cosine"` down to 1 % of the rate, or `"constant"`.
-        evaluate_every: Epochs between two measurings of the collision rate, which choose the weights to keep.
+        evaluate_every: Epochs between two measurings.
+        keep: Which of the measured weights are kept: the "last", or those of the "lowest_collision_rate". Collisions
+            rise while items that are alike come together, so that the lowest rate is that of the least trained.
         seed: Of all draws.
 
     Raises:
@@ -112,6 +114,7 @@ class SimCITConfig:
     weight_decay: float = 1e-3
     schedule: Schedule = "cosine"
     evaluate_every: int = 5
+    keep: Keep = "last"
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -127,7 +130,8 @@ class SimCITConfig:
             wrong.append("codebook_size (2 or more) or hidden_sizes (1 or more)")
         if wrong:
             raise SettingsError(f"{type(self).__name__}: {', '.join(wrong)} too small")
-        for name, known in {"schedule": Schedule, "initialisation": SimCITInitialisation}.items():
+        choices = {"schedule": Schedule, "initialisation": SimCITInitialisation, "keep": Keep}
+        for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; known: {', '.join(get_args(known))}")
         if self.annealing_rate > 0 and self.annealing_start < self.gumbel_temperature:

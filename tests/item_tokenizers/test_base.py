@@ -241,6 +241,18 @@ def fit_checkpoint_state(folder):
         return file.metadata()["state"]
 
 
+def test_the_weights_that_are_kept_are_those_that_were_asked_for():
+    def fit(**settings):
+        tokenizer = MAKE["RQVAETokenizer"](epochs=8, evaluate_every=1, **settings).fit(embeddings(), progress=False)
+        return tokenizer.fit_report, [figures["collision_rate"] for figures in tokenizer.fit_history]
+
+    (lowest, rates), (last, same_rates) = fit(keep="lowest_collision_rate"), fit(keep="last")
+    assert rates == same_rates
+    assert lowest["best_collision_rate"] == min(rates) < rates[-1]  # or this says nothing
+    assert lowest["best_epoch"] == max(epoch for epoch, rate in enumerate(rates, start=1) if rate == min(rates))
+    assert (last["best_epoch"], last["best_collision_rate"]) == (8, rates[-1])
+
+
 def test_training_trains_and_the_settings_are_checked():
     def error(epochs):
         tokenizer = MAKE["RQVAETokenizer"](epochs=epochs).fit(embeddings(), progress=False)

@@ -1,4 +1,5 @@
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,27 @@ def test_the_script_fits_saves_and_prints(tmp_path):
     tokenizer = ItemTokenizer.from_pretrained(out / "item_tokenizer")
     assert tokenizer.widths["collaborative"] == 8
     assert np.all(semantic_ids.codes < 8)
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    path = tmp_path / "settings.yaml"
+    more = "  collaborative: {from: sasrec, width: 8, epochs: 1}"
+    path.write_text(SHORT.format(method="letter", more=more, settings=", num_clusters: 2"))
+    one = run_script("--config", path, "--output_dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml"]
+    script = [str(ROOT / "tokenizers" / "fit.py"), "--config", str(path), "--output_dir", str(tmp_path / "two")]
+    command = [sys.executable, *launch, "--main_process_port", port, *script]
+    two = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert (tmp_path / "two" / "report.html").is_file(), two.stderr[-3000:]
+    assert two.stdout.count("saved in") == 1  # the main process alone writes and prints
+    found, expected = (read_json(tmp_path / name / "diagnostics.json")["fit_history"] for name in ("two", "one"))
+    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+    codes = [SemanticIds.load(tmp_path / name / "semantic_ids.safetensors").codes for name in ("one", "two")]
+    assert (codes[0] == codes[1]).mean() > 0.99
 
 
 def test_figures_reach_the_trackers_and_the_report(tmp_path):

@@ -457,7 +457,7 @@ def test_codes_learn_what_both_modalities_know():
     history = []
     tokenizer = SimCITTokenizer(SimCITConfig(
         num_codebooks=2, codebook_size=32, codebook_dim=16, hidden_sizes=(32,), epochs=30, batch_size=200,
-        evaluate_every=1, learning_rate=5e-3, contrastive_temperature=0.07,
+        evaluate_every=1, learning_rate=5e-3, contrastive_temperature=0.07, keep="lowest_collision_rate",
     ))  # fmt: skip
     tokenizer.fit(items, progress=False, monitor=lambda epoch, found: history.append(found))
     assert history[-1]["loss_contrastive_text"] < 0.8 * history[0]["loss_contrastive_text"]

@@ -1,6 +1,6 @@
 """Figures of codes in words: good, look at it, or bad, with the threshold and what to do.
 
-The thresholds are ours: published code sets pass them, collapsed and random ones don't. They tell where to look before
+The thresholds are ours, set with published, random and collapsed codes at hand. They tell where to look before
 a language model is trained for hours; only the recommender that is trained on the codes tells how good they are.
 """
 
@@ -108,11 +108,11 @@ def _usage(after: CodeDiagnostics) -> Iterator[Verdict]:
     shares = [level.used / max(min(level.codebook_size, after.num_items), 1) for level in levels]
     worst = min(range(len(levels)), key=lambda number: shares[number])
     yield _high(
-        "Codes used", shares[worst], 0.75, 0.25,
+        "Codes used", shares[worst], 0.4, 0.25,
         f"Of the level that uses fewest ({_letter(worst)}: {levels[worst].used:,} of {levels[worst].codebook_size:,})."
         " {0} and more is good, below {1} bad; the published LETTER codes of Beauty use 77% of their first level.",
-        "Revive dead codes (revive_until), start the codebooks with k-means, lower the learning rate, or use a"
-        " smaller codebook.",
+        "Start the codebooks with k-means, lower the learning rate, use a smaller codebook, or revive dead codes"
+        " (revive_until), which spreads like items, though: compare before and after.",
     )  # fmt: skip
     evenness = [level.perplexity / max(level.used, 1) for level in levels]
     worst = min(range(len(levels)), key=lambda number: evenness[number])
