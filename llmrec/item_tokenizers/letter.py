@@ -6,7 +6,6 @@ published code; where the paper's formulas differ, they are named settings. Loss
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from torch.nn import functional
 
 from llmrec.errors import DataError, SettingsError
-from llmrec.item_tokenizers.base import Monitor
 from llmrec.item_tokenizers.clustering import constrained_kmeans
 from llmrec.item_tokenizers.fit_loop import TrainBatch, seeded
 from llmrec.item_tokenizers.item_vectors import ItemVectors
@@ -202,15 +200,8 @@ class LetterTokenizer(RQVAETokenizer):
             for codebook in module.quantizer.codebooks
         )
 
-    def _fit(
-        self,
-        vectors: ItemVectors,
-        *,
-        progress: bool | None,
-        checkpoint_folder: Path | None,
-        processes: Processes,
-        monitor: Monitor | None,
-    ) -> None:
+    def check(self, vectors: ItemVectors) -> None:
+        """The collaborative vectors must be as wide as the codes: the loss takes inner products of the two."""
         width = vectors.widths["collaborative"]
         if width != self.config.codebook_dim:
             raise DataError(
@@ -218,10 +209,3 @@ class LetterTokenizer(RQVAETokenizer):
                 " LETTER takes inner products of the two. Bring them to that width by"
                 f" ItemEmbeddings.reduce({self.config.codebook_dim}), or set codebook_dim to {width}"
             )
-        super()._fit(
-            vectors,
-            progress=progress,
-            checkpoint_folder=checkpoint_folder,
-            processes=processes,
-            monitor=monitor,
-        )

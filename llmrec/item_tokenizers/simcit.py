@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch.nn import functional
 
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, SettingsError
-from llmrec.item_tokenizers.base import Monitor
 from llmrec.item_tokenizers.fit_loop import Keep, Schedule, TrainBatch, seeded
 from llmrec.item_tokenizers.item_vectors import ItemBatch, ItemVectors
 from llmrec.item_tokenizers.quantizers import ResidualQuantizer, residual_codes, squared_distances
@@ -482,23 +480,9 @@ class SimCITTokenizer(TrainedTokenizer):
             )
         return found
 
-    def _fit(
-        self,
-        vectors: ItemVectors,
-        *,
-        progress: bool | None,
-        checkpoint_folder: Path | None,
-        processes: Processes,
-        monitor: Monitor | None,
-    ) -> None:
+    def check(self, vectors: ItemVectors) -> None:
+        """Every item needs a modality at least."""
         _check_every_item_has_a_modality(vectors)
-        super()._fit(
-            vectors,
-            progress=progress,
-            checkpoint_folder=checkpoint_folder,
-            processes=processes,
-            monitor=monitor,
-        )
 
     def _quantize(self, vectors: ItemVectors, processes: Processes) -> tuple[np.ndarray, CodeGeometry]:
         _check_every_item_has_a_modality(vectors)

@@ -52,6 +52,9 @@ class TrainedTokenizer(ItemTokenizer):
     def codebooks(self, module: Any) -> Sequence[torch.Tensor]:
         """Code vectors of each level, float [K_l, d]; the parameters themselves."""
 
+    def check(self, vectors: ItemVectors) -> None:
+        """Called before a fit; raises `DataError` where these vectors can't be fitted."""
+
     def start(self, module: Any, vectors: ItemVectors, processes: Processes) -> None:
         """Called before the first epoch, on every process: scaling of inputs, first codebooks."""
 
@@ -71,6 +74,7 @@ class TrainedTokenizer(ItemTokenizer):
         processes: Processes,
         monitor: Monitor | None,
     ) -> None:
+        self.check(vectors)
         config = self.config
         settings = LoopSettings.of(config)
         module = self.new_module(vectors.widths).to(processes.device)
