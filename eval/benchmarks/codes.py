@@ -85,17 +85,22 @@ def shuffled_codes(semantic_ids: "SemanticIds", seed: int) -> "SemanticIds":
     return replace(semantic_ids, codes=semantic_ids.codes[order], report=None)
 
 
-def read_codes(path: str, item_ids: Sequence[str]) -> "SemanticIds":
-    """Reads semantic_ids.safetensors, a folder that holds it, or an index .json, and checks the items."""
+def read_codes(path: str, item_ids: Sequence[str], item_keys: Sequence[str] | None = None) -> "SemanticIds":
+    """Reads semantic_ids.safetensors, a folder that holds it, or an index .json (by its keys), and checks the items."""
     from llmrec.item_tokenizers.semantic_ids import SemanticIds
 
     if path.endswith(".json"):
-        return SemanticIds.from_index_json(path, item_ids)
+        return SemanticIds.from_index_json(path, item_ids, item_keys=item_keys)
     file = Path(path)
     return SemanticIds.load(file / "semantic_ids.safetensors" if file.is_dir() else file, item_ids=item_ids)
 
 
-def code_sets(words: Sequence[str], item_ids: Sequence[str], random_sizes: Sequence[int]) -> dict[str, CodeSet]:
+def code_sets(
+    words: Sequence[str],
+    item_ids: Sequence[str],
+    random_sizes: Sequence[int],
+    item_keys: Sequence[str] | None = None,
+) -> dict[str, CodeSet]:
     """What the words of the command line stand for, in their order.
 
     Raises:
@@ -109,7 +114,7 @@ def code_sets(words: Sequence[str], item_ids: Sequence[str], random_sizes: Seque
         if name in sets:
             raise SettingsError(f"two code sets are called {name!r}: give each a name of its own")
         if separator and name and path:
-            given = read_codes(path, item_ids)
+            given = read_codes(path, item_ids, item_keys)
             sets[name] = partial(_same, given)
         elif word == "random":
             sets[name] = partial(random_codes, item_ids, random_sizes)
@@ -362,7 +367,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     examples, settings, seeds = splits.examples(given.split), RecommenderSettings(), given.seeds
     if given.quick:
         examples, settings, seeds = examples.sample(QUICK_EXAMPLES), replace(settings, epochs=1), seeds[:1]
-    sets = code_sets(given.codes, dataset.item_ids, given.random_sizes)
+    sets = code_sets(given.codes, dataset.item_ids, given.random_sizes, dataset.item_keys)
     runs = earlier_runs(given.output)
     report: dict[str, Any] = {
         "benchmark": "codes",

@@ -83,12 +83,12 @@ def _read_codes(source: Path, dataset: "InteractionDataset | None") -> "Semantic
     from llmrec.errors import SettingsError
     from llmrec.item_tokenizers.semantic_ids import SemanticIds
 
-    item_ids = None if dataset is None else dataset.item_ids
     if source.suffix != ".json":
+        item_ids = None if dataset is None else dataset.item_ids
         return SemanticIds.load(source / "semantic_ids.safetensors" if source.is_dir() else source, item_ids=item_ids)
-    if item_ids is None:
+    if dataset is None:
         raise SettingsError(f"{source} holds no item IDs: name the data set it is about with --dataset")
-    return SemanticIds.from_index_json(source, item_ids)
+    return SemanticIds.from_index_json(source, dataset.item_ids, item_keys=dataset.item_keys)
 
 
 def _read_diagnostics(source: Path) -> dict[str, Any]:

@@ -114,6 +114,13 @@ class InteractionDataset:
             return self.item_ids
         return tuple("" if title is None else str(title) for title in _column(self.items, "title").to_pylist())
 
+    @property
+    def item_keys(self) -> tuple[str, ...] | None:
+        """What published index files (LETTER, MiniOneRec) call the items, in row order; None where that isn't known."""
+        if "item_key" not in self.items.column_names:
+            return None
+        return tuple(_column(self.items, "item_key").to_pylist())
+
     @cached_property
     def flat_items(self) -> np.ndarray:
         """int32 [num_interactions], the histories one after the other."""

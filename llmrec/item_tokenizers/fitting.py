@@ -238,8 +238,7 @@ def fit_from_settings(
         dataset = load_dataset_from(settings.dataset, **settings.dataset_options)
     sources, policy = settings.sources(), settings.uniqueness_policy
     if settings.index is not None:
-        keys = dataset.items["item_key"][:] if "item_key" in dataset.items.column_names else None
-        given = GivenCodesTokenizer.from_index(settings.index, dataset.item_ids, item_keys=keys)
+        given = GivenCodesTokenizer.from_index(settings.index, dataset.item_ids, item_keys=dataset.item_keys)
         embeddings = make_embeddings(sources, dataset, output_folder, processes=processes, resume=resume)
         fitted = measure_codes(given, QuantizedItems(given.semantic_ids, None), embeddings, policy=policy)
     else:

@@ -77,8 +77,7 @@ def prepare_item_codes(arguments: FinetuneArguments, dataset: InteractionDataset
     """
     source = Path(str(arguments.item_tokenizer))
     if source.name.endswith(".json"):
-        keys = dataset.items["item_key"][:] if "item_key" in dataset.items.column_names else None
-        codes = SemanticIds.from_index_json(source, dataset.item_ids, item_keys=keys)
+        codes = SemanticIds.from_index_json(source, dataset.item_ids, item_keys=dataset.item_keys)
         return ItemCodes(codes.make_unique(), None, source.name)
     if source.is_dir():
         return _load_item_codes(source, dataset)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llmrec import cli
+from llmrec.data.loading import load_dataset_from
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.files import write_json
 from llmrec.item_tokenizers.diagnostics import Reconstruction, diagnose
@@ -90,3 +91,18 @@ def test_mistakes(run, folder, tmp_path):
     del content["before"]["levels"]
     write_json(folder / "diagnostics.json", content)
     assert "no diagnostics of codes" in run(folder)[2]
+
+
+def test_an_index_is_read_by_its_keys_whatever_the_order_of_the_items(run, tmp_path):
+    write_json(tmp_path / "X.inter.json", {"0": [0, 1, 2], "1": [2, 1, 0]})
+    write_json(tmp_path / "X.item.json", {key: {"title": f"item {key}"} for key in ("2", "0", "1")})
+    write_json(tmp_path / "index.json", {"0": ["<a_0>"], "1": ["<a_1>"], "2": ["<a_2>"]})
+    dataset = load_dataset_from(tmp_path)
+    assert dataset.item_keys == ("2", "0", "1")
+    expected = SemanticIds(dataset.item_ids, np.array([[2], [0], [1]]), (3,))
+    expected.save(tmp_path / "expected.safetensors")
+    status, out, err = run(
+        tmp_path / "index.json", "--dataset", tmp_path, "--compare", tmp_path / "expected.safetensors"
+    )
+    assert (status, err) == (0, "")
+    assert "all codes equal: 100.00% of the items" in out
