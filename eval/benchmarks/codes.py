@@ -86,7 +86,7 @@ def shuffled_codes(semantic_ids: "SemanticIds", seed: int) -> "SemanticIds":
 
 
 def read_codes(path: str, item_ids: Sequence[str], item_keys: Sequence[str] | None = None) -> "SemanticIds":
-    """Reads semantic_ids.safetensors, a folder that holds it, or an index .json (by its keys), and checks the items."""
+    """Reads semantic_ids.safetensors, a folder that holds it, or an index .json; checks the items."""
     from llmrec.item_tokenizers.semantic_ids import SemanticIds
 
     if path.endswith(".json"):

@@ -116,7 +116,7 @@ class InteractionDataset:
 
     @property
     def item_keys(self) -> tuple[str, ...] | None:
-        """What published index files (LETTER, MiniOneRec) call the items, in row order; None where that isn't known."""
+        """What published index files (LETTER, MiniOneRec) call the items, in row order; None where not known."""
         if "item_key" not in self.items.column_names:
             return None
         return tuple(_column(self.items, "item_key").to_pylist())

@@ -7,25 +7,23 @@ are taken together (`item_embeddings`). This module is the model; its layers and
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmrec.data.item_order import ItemIndex
 from llmrec.data.recommendation import Recommendation, as_histories, check_k
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.embeddings.sasrec_layers import CausalBlock, SASRecConfig, pad_right
+from llmrec.embeddings.saved_models import WEIGHTS_NAME, SavedModel, read_model, save_model
 from llmrec.embeddings.weights import load_exactly
-from llmrec.errors import DataError, ItemOrderError, MissingPartError
-from llmrec.files import atomic_file, atomic_folder, check_format, read_json, write_json
+from llmrec.errors import DataError, ItemOrderError
 
 if TYPE_CHECKING:
     from llmrec.data.interactions import InteractionDataset
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SASRec", "SASRecConfig"]
 
-FORMAT_VERSION = 1
 RECOMMEND_BATCH = 256  # histories scored at once: [256, 12101] float32 is 12 MB
 
 
@@ -229,23 +226,8 @@ class SASRec(nn.Module):
         Raises:
             DataError: The folder holds something else than a saved SASRec, which would be lost.
         """
-        folder = Path(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "items.parquet").is_file():
-            raise DataError(f"{folder} holds other files, which would be lost: choose an empty or a new folder")
-        content = {
-            "format_version": FORMAT_VERSION,
-            "model": "SASRec",
-            "config": asdict(self.config),
-            "training": self.training_facts,
-        }
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_folder(folder) as temporary:
-            write_json(temporary / "config.json", content)
-            with atomic_file(temporary / "model.safetensors") as file:  # safetensors alone makes it its owner's only
-                save_file(state, file, metadata={"format": "pt"})
-            pq.write_table(
-                pa.table({"item_id": list(self.item_ids), "title": list(self.titles)}), temporary / "items.parquet"
-            )
+        items = pa.table({"item_id": list(self.item_ids), "title": list(self.titles)})
+        save_model(folder, "SASRec", SavedModel(self.config, self.training_facts, items, self.state_dict()))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | None = None) -> "SASRec":
@@ -259,23 +241,8 @@ class SASRec(nn.Module):
             MissingPartError: A file or a tensor is missing.
             DataError: The folder holds another kind of model, a later format, or tensors of other shapes.
         """
-        folder = Path(folder)
-        content = read_json(folder / "config.json")
-        check_format(content, FORMAT_VERSION, folder / "config.json")
-        if content.get("model") != "SASRec":
-            raise DataError(f"{folder} holds a {content.get('model')!r}, not a SASRec")
-        for name in ("model.safetensors", "items.parquet"):
-            if not (folder / name).is_file():
-                raise MissingPartError(f"{folder / name} is missing")
-        unknown = set(content["config"]) - {entry.name for entry in fields(SASRecConfig)}
-        if unknown:
-            raise DataError(f"{folder / 'config.json'} has settings that SASRec doesn't know: {sorted(unknown)}")
-        items = pq.read_table(folder / "items.parquet")
-        model = cls(
-            SASRecConfig(**content["config"]),
-            items["item_id"].to_pylist(),
-            items["title"].to_pylist(),
-            content["training"],
-        )
-        load_exactly(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        saved = read_model(folder, "SASRec", SASRecConfig)
+        items = saved.items
+        model = cls(saved.config, items["item_id"].to_pylist(), items["title"].to_pylist(), saved.training)
+        load_exactly(model, saved.state, Path(folder) / WEIGHTS_NAME)
         return model.to(device or "cpu").eval()

@@ -7,28 +7,24 @@ language models, and recommends to nobody but the users it was trained on (`scor
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmrec.data.item_order import ItemIndex
 from llmrec.embeddings.base import ItemEmbeddings
+from llmrec.embeddings.saved_models import WEIGHTS_NAME, SavedModel, read_model, save_model
 from llmrec.embeddings.weights import load_exactly
-from llmrec.errors import DataError, MissingPartError, SettingsError
-from llmrec.files import atomic_file, atomic_folder, check_format, read_json, write_json
+from llmrec.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from llmrec.data.interactions import InteractionDataset
     from llmrec.data.splits import EvaluationSet
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -172,21 +168,8 @@ class LightGCN(nn.Module):
         Raises:
             DataError: The folder holds something else than a saved model, which would be lost.
         """
-        folder = Path(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "items.parquet").is_file():
-            raise DataError(f"{folder} holds other files, which would be lost: choose an empty or a new folder")
-        content = {
-            "format_version": FORMAT_VERSION,
-            "model": "LightGCN",
-            "config": asdict(self.config),
-            "training": self.training_facts,
-        }
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_folder(folder) as temporary:
-            write_json(temporary / "config.json", content)
-            with atomic_file(temporary / "model.safetensors") as file:  # safetensors alone makes it its owner's only
-                save_file(state, file, metadata={"format": "pt"})
-            pq.write_table(pa.table({"item_id": list(self.item_ids)}), temporary / "items.parquet")
+        items = pa.table({"item_id": list(self.item_ids)})
+        save_model(folder, "LightGCN", SavedModel(self.config, self.training_facts, items, self.state_dict()))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | None = None) -> "LightGCN":
@@ -200,20 +183,8 @@ class LightGCN(nn.Module):
             MissingPartError: A file or a tensor is missing.
             DataError: The folder holds another kind of model, a later format, or tensors of other shapes.
         """
-        folder = Path(folder)
-        content = read_json(folder / "config.json")
-        check_format(content, FORMAT_VERSION, folder / "config.json")
-        if content.get("model") != "LightGCN":
-            raise DataError(f"{folder} holds a {content.get('model')!r}, not a LightGCN")
-        for name in ("model.safetensors", "items.parquet"):
-            if not (folder / name).is_file():
-                raise MissingPartError(f"{folder / name} is missing")
-        unknown = set(content["config"]) - {entry.name for entry in fields(LightGCNConfig)}
-        if unknown:
-            raise DataError(f"{folder / 'config.json'} has settings that LightGCN doesn't know: {sorted(unknown)}")
-        item_ids = pq.read_table(folder / "items.parquet")["item_id"].to_pylist()
-        state = load_file(folder / "model.safetensors")
-        num_users = len(state["user_vectors"]) if "user_vectors" in state else 0
-        model = cls(LightGCNConfig(**content["config"]), item_ids, num_users, content["training"])
-        load_exactly(model, state, folder / "model.safetensors")
+        saved = read_model(folder, "LightGCN", LightGCNConfig)
+        num_users = len(saved.state["user_vectors"]) if "user_vectors" in saved.state else 0
+        model = cls(saved.config, saved.items["item_id"].to_pylist(), num_users, saved.training)
+        load_exactly(model, saved.state, Path(folder) / WEIGHTS_NAME)
         return model.to(device or "cpu").eval()
