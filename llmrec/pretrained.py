@@ -61,7 +61,8 @@ def resolve_pretrained(name: str) -> PretrainedSource:
 
 
 def _resolve_package(package: str) -> PretrainedSource:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    module = package.replace("-", "_")  # as pip names it, or as Python does
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise MissingPartError(
             f"the Python package {package!r}, named as a source of model files, isn't installed; install it"
