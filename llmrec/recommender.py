@@ -7,27 +7,32 @@ and the prompt. It is saved as one folder, pushed to the Hub and loaded from eit
 import copy
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm.auto import tqdm
 
-from llmrec.data.item_order import ItemIndex, check_item_order
-from llmrec.data.recommendation import Recommendation, as_histories, check_k
+from llmrec.data.item_order import ItemIndex
+from llmrec.data.recommendation import as_histories
+from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, MissingPartError, SettingsError
-from llmrec.generation.beam_search import SCOPES, beam_search
+from llmrec.generation.item_sets import ItemSet
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.model_card import model_card
 from llmrec.pretrained import load_text_tokenizer
+from llmrec.recommendation.catalogue import Catalogue, NewItems
+from llmrec.recommendation.catalogue_search import CatalogueSearch, one_at_a_time
+from llmrec.recommendation.item_filters import ItemFilters, read_items
+from llmrec.recommendation.request_batches import Requests
+from llmrec.recommendation.search_settings import SearchSettings
 from llmrec.recommender_folder import (
     CARD_NAME,
     ITEM_TOKENIZER_NAME,
@@ -35,6 +40,7 @@ from llmrec.recommender_folder import (
     SEMANTIC_IDS_NAME,
     RecommenderConfig,
     check_others_can_load,
+    check_parts,
     download_folder,
     find_kind,
     load_adapter_model,
@@ -43,12 +49,13 @@ from llmrec.recommender_folder import (
     replace_parts,
 )
 from llmrec.tasks.next_item import NextItemTask
-from llmrec.vocabulary import CodeVocabulary, find_code_head, has_code_rows, merge_code_rows
+from llmrec.vocabulary import CodeVocabulary, has_code_rows, merge_code_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmrec.item_tokenizers.base import ItemTokenizer
+    from llmrec.recommendation.batch import BatchSummary
 
 logger = logging.getLogger(__name__)
 
@@ -85,53 +92,53 @@ class Recommender:
     ):
         self.model = model
         self.text_tokenizer = text_tokenizer
-        self.semantic_ids = semantic_ids
         self.vocabulary = vocabulary
-        self.items = items
-        self.task = task
         self.item_tokenizer = item_tokenizer
         self.config = config
-        self._check_parts()
-        self.item_index = ItemIndex(semantic_ids.item_ids)
-        self.titles: tuple[str, ...] = ("",) * len(items)
-        if "title" in items.column_names:
-            self.titles = tuple("" if title is None else str(title) for title in items["title"])
-        self.trie = ItemTrie.from_semantic_ids(semantic_ids)
-        self._device_trie = self.trie
-
-    def _check_parts(self) -> None:
-        check_item_order(self.items["item_id"][:], self.semantic_ids.item_ids, "the semantic IDs")
-        described = {
-            "codebook_sizes": (self.config.codebook_sizes, self.vocabulary.codebook_sizes, "the vocabulary"),
-            "levels": (self.config.codebook_sizes, self.semantic_ids.codebook_sizes, "the semantic IDs"),
-            "first_token_id": (self.config.first_token_id, self.vocabulary.first_token_id, "the text tokenizer"),
-            "template": (self.config.template, self.task.template, "the task"),
-            "max_history": (self.config.max_history, self.task.max_history, "the task"),
-        }
-        for name, (expected, found, where) in described.items():
-            if expected != found:
-                raise SettingsError(f"{name} is {expected!r} in the config, {found!r} in {where}: they don't fit")
-        if self.config.scope not in SCOPES:
-            raise SettingsError(f"unknown scope {self.config.scope!r}; known: {', '.join(SCOPES)}")
-        end = self.vocabulary.first_token_id + self.vocabulary.num_tokens
-        if has_code_rows(self.model):
-            head = find_code_head(self.model)
-            rows = (head.first_token_id, len(head.new_rows))
-            if rows != (self.vocabulary.first_token_id, self.vocabulary.num_tokens):
-                raise SettingsError(
-                    f"the model has {rows[1]} code rows from token {rows[0]}, the vocabulary"
-                    f" {self.vocabulary.num_tokens} from token {self.vocabulary.first_token_id}: they don't fit"
-                )
-        elif self.model.get_output_embeddings().weight.shape[0] < end:
-            raise SettingsError(
-                f"the model writes {self.model.get_output_embeddings().weight.shape[0]} tokens, the codes reach up to"
-                f" token {end - 1}: it doesn't know them"
-            )
+        # Whoever answers takes this reference once: `add_items` and `remove_items` swap it.
+        self._catalogue = Catalogue.of(semantic_ids, items, task)
+        self._changes = threading.Lock()
+        check_parts(config, model, vocabulary, semantic_ids, task)
 
     @property
     def is_adapter(self) -> bool:
         """Whether the model is LoRA on a base model, which is then not part of the folder."""
         return hasattr(self.model, "peft_config")
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """All about the items as they are now; its parts belong together, whatever is added or removed meanwhile."""
+        return self._catalogue
+
+    @property
+    def semantic_ids(self) -> SemanticIds:
+        """IDs and codes of the catalogue as it is now."""
+        return self._catalogue.semantic_ids
+
+    @property
+    def items(self) -> datasets.Dataset:
+        """The catalogue as it is now, in the order of the codes."""
+        return self._catalogue.items
+
+    @property
+    def item_index(self) -> ItemIndex:
+        """Item IDs to catalogue rows."""
+        return self._catalogue.item_index
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """Title of each item, "" where it has none."""
+        return self._catalogue.titles
+
+    @property
+    def trie(self) -> ItemTrie:
+        """Trie of the codes, on the CPU."""
+        return self._catalogue.trie
+
+    @property
+    def task(self) -> NextItemTask:
+        """Makes prompts of histories."""
+        return self._catalogue.task
 
     def recommend(
         self,
@@ -139,7 +146,14 @@ class Recommender:
         k: int = 10,
         *,
         exclude_seen: bool = True,
+        allow: Any = None,
+        deny: Any = None,
         num_beams: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        num_groups: int = 1,
+        diversity_penalty: float = 0.0,
         batch_size: int = 16,
         on_unknown: str = "error",
         progress: bool | None = None,
@@ -147,19 +161,37 @@ class Recommender:
         """Recommends the next items for one history or for many.
 
         A history alone gives what it gives among others (floating-point sums in another order aside: scores agree to
-        about 1e-5 in float32). Every answer is an item of the catalogue.
+        about 1e-5 in float32). Every answer is an item of the catalogue. Several threads may call this at once, also
+        while items are added and removed: a call is answered wholly from the catalogue it started with.
 
         Args:
             history: Item IDs, oldest first, or a list of such lists. The latest `config.max_history` make the prompt.
                 Repeats are fine. An empty history gets what the model holds likely for anyone.
             k: Number of items wanted.
             exclude_seen: Leave out all items of the history (also those too old for the prompt).
+            allow: Answer only with these: item IDs, a bool mask [N] over the catalogue, or an `item_set` (prepared
+                once, for many calls); or, with a list of histories, a list with one of these, or None, a history.
+                None allows everything, an empty set nothing.
+            deny: Leave these out, in the same forms.
             num_beams: Width of the search, at least k. By default max(20, 2 k): 20 is the width LETTER and LC-Rec
-                report with for k = 10, and an item whose first codes rank below the first k prefixes is still found.
-                Never more than there are items; then the search is exhaustive.
-            batch_size: Histories searched at once; those of like length are put together.
-            on_unknown: What to do about item IDs that the catalogue doesn't hold: "error", or "skip" (the log counts
-                them).
+                report with for k = 10, and an item whose first codes rank below the first k prefixes is still found;
+                with a temperature k or `top_k`, as a draw needs no more beams than items. Never more than there are
+                code tuples; then the search is exhaustive.
+            temperature: None for the k most likely items. A number above 0 draws k different items, likelier ones
+                earlier on average, code by code (`Sampling`): from the model's distribution at 1, rather the most
+                likely codes below, more evenly above. They come in the order of the draw.
+            top_k: With a temperature, draw only among so many of the most likely items, at least k, in proportion to
+                exp(score / temperature).
+            seed: Of the draw, from 0. With the same seed a history draws the same alone and among others.
+            num_groups: Groups of beams that keep away from each other's codes, for answers that cover more of the
+                catalogue (`Diversity`). They take turns in the answer, so it is not in the order of the scores; fewer
+                than k may be found where a search of few beams goes into many groups.
+            diversity_penalty: What a code costs a group for each beam of an earlier group that has it there, in
+                natural log-probability. It decides what is found, the scores stay without it.
+            batch_size: Histories searched at once; those of like length are put together. Where memory runs out the
+                batch is split, and the log says so; `num_beams` stays as it is.
+            on_unknown: What to do about item IDs that the catalogue doesn't hold, in histories, `allow` and `deny`:
+                "error", or "skip" (the log counts them).
             progress: Whether to show a progress bar; None: for many batches, where standard error is a terminal.
 
         Returns:
@@ -168,94 +200,174 @@ class Recommender:
             their codes share the score, and stand in catalogue order.
 
         Raises:
-            DataError: `history` is a string, or holds something other than item IDs; or the model computes NaN.
+            DataError: `history`, `allow` or `deny` is a string, or holds something other than item IDs; a mask of
+                another length than the catalogue; or the model computes NaN.
             UnknownItemError: An item ID that the catalogue doesn't hold, unless `on_unknown` is "skip".
-            SettingsError: k below 1, fewer beams than k, or an empty history with a template without any text.
+            SettingsError: k below 1, fewer beams than k, settings that contradict each other, an item set of another
+                catalogue, an empty history with a template without any text, or a single request that doesn't fit
+                into memory.
         """
-        k = check_k(k)
-        if num_beams is not None and num_beams < k:
-            raise SettingsError(
-                f"num_beams is {num_beams}, k is {k}: a search of {num_beams} beams can't give {k} items"
-            )
-        if batch_size < 1 or on_unknown not in ("error", "skip"):
-            raise SettingsError(
-                f"batch_size is {batch_size} (at least 1), on_unknown is {on_unknown!r} ('error' or 'skip')"
-            )
-        histories, single = as_histories(history)
-        rows = self._rows_of(histories, skip_unknown=on_unknown == "skip")
-        prompts = [self.task.prompt(of_user) for of_user in rows]
-        if not all(prompts):
-            raise SettingsError(
-                f"an empty history makes an empty prompt with the template {self.task.template!r}: give it some text"
-            )
-        width = min(max(20, 2 * k) if num_beams is None else num_beams, self.trie.num_leaves)
-
-        order = sorted(range(len(prompts)), key=lambda request: -len(prompts[request]))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        answers: list[list[Recommendation]] = [[] for _ in prompts]
-        hide = (len(batches) < 2 or None) if progress is None else not progress
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for batch in tqdm(batches, desc="recommend", unit="batch", disable=hide):
-                seen = [rows[request] if exclude_seen else rows[request][:0] for request in batch]
-                leaves, scores = self._search([prompts[request] for request in batch], seen, width)
-                for place, request in enumerate(batch):
-                    answers[request] = self._answer(leaves[place], scores[place], set(seen[place].tolist()), k)
-        finally:
-            self.model.train(was_training)
-        return answers[0] if single else answers
-
-    def _rows_of(self, histories: list[list[str]], *, skip_unknown: bool) -> list[np.ndarray]:
-        """Catalogue rows of each history, int64."""
-        if skip_unknown:
-            known = [[item_id for item_id in history if item_id in self.item_index] for history in histories]
-            num_skipped = sum(map(len, histories)) - sum(map(len, known))
-            if num_skipped:
-                logger.warning("skipped %d unknown item IDs in %d histories", num_skipped, len(histories))
-            histories = known
-        return [self.item_index.rows(history) for history in histories]
-
-    def _search(self, prompts: list[list[int]], seen: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Leaves int64 [B, K] and scores float32 [B, K] of a batch of prompts."""
-        device = self.model.device
-        if self._device_trie.device != device:
-            self._device_trie = self.trie.to(device)
-        longest = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), longest), self.text_tokenizer.pad_token_id or 0)
-        attention_mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, longest - len(prompt) :] = 1
-        denied = self.trie.denied_leaves(seen)
-        output = beam_search(
-            self.model,
-            input_ids.to(device),
-            attention_mask.to(device),
-            self._device_trie,
-            self.vocabulary,
-            num_beams=width,
-            scope=self.config.scope,
-            denied=None if denied is None else denied.to(device),
+        settings = SearchSettings(
+            k,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            num_groups=num_groups,
+            diversity_penalty=diversity_penalty,
         )
-        scores = output.scores.cpu().numpy()
-        if np.isnan(scores).any():
-            raise DataError(
-                "the model computes NaN: its weights are damaged, or its type overflows; try dtype=float32"
-            )
-        return output.leaves.cpu().numpy(), scores
+        catalogue = self._catalogue
+        requests = Requests.read(history, catalogue, skip_unknown=_skips(on_unknown))
+        filters = ItemFilters(
+            catalogue,
+            self.model.device,
+            requests.rows if exclude_seen else [rows[:0] for rows in requests.rows],
+            allow=allow,
+            deny=deny,
+            single=requests.single,
+            skip_unknown=_skips(on_unknown),
+        )
+        search = CatalogueSearch(self.model, self.vocabulary, self.config.scope, catalogue, requests.prompts)
+        answers = search.find(settings, filters, requests.histories, batch_size=batch_size, progress=progress)
+        return answers[0] if requests.single else answers
 
-    def _answer(self, leaves: np.ndarray, scores: np.ndarray, seen: set[int], k: int) -> list[Recommendation]:
-        """The first k items of the leaves of one request."""
-        answer: list[Recommendation] = []
-        for leaf, score in zip(leaves.tolist(), scores.tolist(), strict=True):
-            if leaf < 0:
-                break
-            start, end = self.trie.item_starts[leaf], self.trie.item_starts[leaf + 1]
-            for row in self.trie.items[start:end].tolist():
-                if row not in seen:
-                    answer.append(Recommendation(self.semantic_ids.item_ids[row], score, self.titles[row]))
-        return answer[:k]
+    def score(
+        self,
+        history: Sequence[str] | Sequence[Sequence[str]],
+        items: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        batch_size: int = 16,
+        on_unknown: str = "error",
+        progress: bool | None = None,
+    ) -> Any:
+        """The exact scores of given items: those that `recommend` would give them, whether it finds them or not.
+
+        Seen items are scored like any other.
+
+        Args:
+            history: As for `recommend`.
+            items: Item IDs, in any order, repeats allowed; for many histories one list for all, or a list of as many
+                lists.
+            batch_size: Histories scored at once; see `recommend`.
+            on_unknown: What to do about item IDs that the catalogue doesn't hold: "error", or "skip" (the log counts
+                them), which gives such items minus infinity: they can't be recommended.
+            progress: As for `recommend`.
+
+        Returns:
+            For one history a list of floats in the order of `items`, for many a list of such lists. Sums of the
+            natural log-probabilities of the codes, computed in float32; items that share their codes share the score.
+
+        Raises:
+            DataError, UnknownItemError, SettingsError: As for `recommend`; and lists of items for one history, or as
+                many as there are no histories.
+        """
+        catalogue = self._catalogue
+        requests = Requests.read(history, catalogue, skip_unknown=_skips(on_unknown))
+        rows = requests.rows_to_score(items, catalogue, skip_unknown=_skips(on_unknown))
+        search = CatalogueSearch(self.model, self.vocabulary, self.config.scope, catalogue, requests.prompts)
+        scores = search.score(rows, batch_size=batch_size, progress=progress)
+        return scores[0] if requests.single else scores
+
+    def item_set(self, items: Any) -> ItemSet:
+        """Prepares some items for `allow` and `deny`, once for any number of calls.
+
+        Args:
+            items: Item IDs, or a bool mask [N] over the catalogue's rows, such as
+                `np.asarray(recommender.items["category"]) == "soap"`.
+
+        Returns:
+            The set. It belongs to the catalogue as it is: after `add_items` or `remove_items` it is refused.
+
+        Raises:
+            DataError, UnknownItemError: As for `recommend`.
+        """
+        catalogue = self._catalogue
+        found = read_items(items, catalogue, "items")
+        return found if isinstance(found, ItemSet) else catalogue.item_set(found, self.model.device)
+
+    def add_items(self, items: NewItems, embeddings: ItemEmbeddings | Mapping[str, ItemEmbeddings]) -> None:
+        """Adds new items, which can be recommended at once. No present item changes its codes.
+
+        The stored item tokenizer encodes them, under the uniqueness policy of the catalogue. What the model makes of
+        their codes it learned from the items that share them: it is not trained here. All or nothing: after an error
+        the catalogue is as it was. Calls to `recommend` that are under way end with the catalogue they started with.
+
+        Args:
+            items: `datasets.Dataset`, pyarrow table or list of dictionaries, with "item_id" and any of the
+                catalogue's other columns; a column that they lack is null. None of them changes nothing.
+            embeddings: What the item tokenizer encodes, by modality, of these items; found by item ID.
+
+        Raises:
+            SettingsError: There is no item tokenizer, or no codes are left under the policy.
+            DataError: A column that the catalogue doesn't have; an ID that is no string, stands twice or is in the
+                catalogue already; a modality that is missing.
+            ItemOrderError: An item without an embedding.
+        """
+        if self.item_tokenizer is None:
+            raise SettingsError(
+                "this recommender has no item tokenizer, so new items can't be encoded: it was made without one (pass"
+                " item_tokenizer=, or fine-tune on codes that one made)"
+            )
+        with self._changes:
+            catalogue = self._catalogue
+            new = catalogue.item_table(items)
+            item_ids = new["item_id"].to_pylist()
+            if not item_ids:
+                logger.info("no items to add")
+                return
+            if isinstance(embeddings, ItemEmbeddings):
+                aligned: Any = embeddings.align(item_ids)
+            else:
+                aligned = {
+                    name: vectors.align(item_ids, what=f"the {name} embeddings")
+                    for name, vectors in embeddings.items()
+                }
+            semantic_ids = self.item_tokenizer.extend(catalogue.semantic_ids, aligned)
+            self._swap(catalogue.with_items(semantic_ids, new))
+        logger.info(
+            "added %d items (%s); the catalogue has %d",
+            len(item_ids),
+            semantic_ids.report or "as encoded",
+            len(semantic_ids),
+        )
+
+    def remove_items(self, item_ids: Sequence[str]) -> None:
+        """Takes items out of the catalogue: they are not recommended any more, and unknown where a history has them.
+
+        The others keep their codes. All or nothing, as `add_items`. To leave items out for a while, or in some
+        requests, pass `deny` to `recommend`.
+
+        Args:
+            item_ids: Repeats are fine.
+
+        Raises:
+            DataError: A string instead of a list, or no item would be left.
+            UnknownItemError: An ID that the catalogue doesn't hold.
+        """
+        removed, single = as_histories(item_ids)
+        if not single:
+            raise DataError("remove_items takes one list of item IDs, got a list of lists")
+        with self._changes:
+            before = len(self._catalogue)
+            self._swap(self._catalogue.without_items(removed[0]))
+            after = len(self._catalogue)
+        logger.info("removed %d items; the catalogue has %d", before - after, after)
+
+    def _swap(self, catalogue: Catalogue) -> None:
+        """Makes a catalogue the one that calls start with, when all is ready."""
+        catalogue.trie_on(self.model.device)
+        self._catalogue = catalogue
+
+    def recommend_file(
+        self, source: Any, output_folder: str | os.PathLike[str], k: int = 10, **options: Any
+    ) -> "BatchSummary":
+        """Recommends for histories in files, on any number of processes: `llmrec.recommendation.batch.recommend_file`.
+
+        Takes its arguments, and those of `recommend`.
+        """
+        from llmrec.recommendation.batch import recommend_file
+
+        return recommend_file(self, source, output_folder, k, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes all that `recommend` needs into one folder, in JSON, safetensors and Parquet.
@@ -265,14 +377,15 @@ class Recommender:
         `items.parquet`; `item_tokenizer/`; the model card `README.md`. The folder appears whole or not at all. A
         recommender that stood there before is replaced; other files stay.
         """
+        catalogue = self._catalogue
         with replace_parts(folder) as temporary:
             self._save_model(temporary)
             self.text_tokenizer.save_pretrained(temporary)
-            self.semantic_ids.save(temporary / SEMANTIC_IDS_NAME)
-            pq.write_table(cast(pa.Table, self.items.with_format("arrow")[:]), temporary / ITEMS_NAME)
+            catalogue.semantic_ids.save(temporary / SEMANTIC_IDS_NAME)
+            pq.write_table(cast(pa.Table, catalogue.items.with_format("arrow")[:]), temporary / ITEMS_NAME)
             if self.item_tokenizer is not None:
                 self.item_tokenizer.save_pretrained(temporary / ITEM_TOKENIZER_NAME)
-            (temporary / CARD_NAME).write_text(self._card(), encoding="utf-8")
+            (temporary / CARD_NAME).write_text(self._card(catalogue), encoding="utf-8")
             self._saved_config().save(temporary)
 
     def _saved_config(self) -> RecommenderConfig:
@@ -280,8 +393,8 @@ class Recommender:
         name = None if self.item_tokenizer is None else type(self.item_tokenizer).__name__
         return replace(self.config, item_tokenizer=name)
 
-    def _card(self, name: str = "<folder>") -> str:
-        return model_card(self._saved_config(), self.semantic_ids, is_adapter=self.is_adapter, name=name)
+    def _card(self, catalogue: Catalogue, name: str = "<folder>") -> str:
+        return model_card(self._saved_config(), catalogue.semantic_ids, is_adapter=self.is_adapter, name=name)
 
     def _save_model(self, folder: Path) -> None:
         if self.is_adapter:
@@ -363,7 +476,9 @@ class Recommender:
         """
         if not self.is_adapter and not has_code_rows(self.model):
             return self
-        model = copy.deepcopy(self.model)
+        catalogue = self._catalogue
+        with one_at_a_time(self.model):  # a search changes the head for its time
+            model = copy.deepcopy(self.model)
         if self.is_adapter:
             from llmrec.adapter import merge_adapter
 
@@ -373,10 +488,10 @@ class Recommender:
         return Recommender(
             model.eval(),
             self.text_tokenizer,
-            self.semantic_ids,
+            catalogue.semantic_ids,
             self.vocabulary,
-            self.items,
-            self.task,
+            catalogue.items,
+            catalogue.task,
             self.config,
             self.item_tokenizer,
         )
@@ -410,7 +525,13 @@ class Recommender:
         with TemporaryDirectory() as name:
             folder = Path(name) / "recommender"
             self.save_pretrained(folder)
-            (folder / CARD_NAME).write_text(self._card(repo_id), encoding="utf-8")
+            (folder / CARD_NAME).write_text(self._card(self._catalogue, repo_id), encoding="utf-8")
             return push_folder(
                 folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
             )
+
+
+def _skips(on_unknown: str) -> bool:
+    if on_unknown not in ("error", "skip"):
+        raise SettingsError(f"on_unknown is {on_unknown!r}; choose 'error' or 'skip'")
+    return on_unknown == "skip"

@@ -20,7 +20,11 @@ from typing import Any
 from llmrec._version import __version__
 from llmrec.errors import DataError, MissingPartError, SettingsError
 from llmrec.files import atomic_folder, check_format, grant_usual_permissions, read_json, write_json
+from llmrec.generation.beam_search import SCOPES
+from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.pretrained import load_base_model, resolve_pretrained
+from llmrec.tasks.next_item import NextItemTask
+from llmrec.vocabulary import CodeVocabulary, find_code_head, has_code_rows
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +114,42 @@ class RecommenderConfig:
             return cls(**content)
         except TypeError as error:
             raise DataError(f"{path} lacks settings: {error}") from error
+
+
+def check_parts(
+    config: RecommenderConfig, model: Any, vocabulary: CodeVocabulary, semantic_ids: SemanticIds, task: NextItemTask
+) -> None:
+    """Refuses parts that don't fit each other.
+
+    Raises:
+        SettingsError: The message names the two, and what they say.
+    """
+    described = {
+        "codebook_sizes": (config.codebook_sizes, vocabulary.codebook_sizes, "the vocabulary"),
+        "levels": (config.codebook_sizes, semantic_ids.codebook_sizes, "the semantic IDs"),
+        "first_token_id": (config.first_token_id, vocabulary.first_token_id, "the text tokenizer"),
+        "template": (config.template, task.template, "the task"),
+        "max_history": (config.max_history, task.max_history, "the task"),
+    }
+    for name, (expected, found, where) in described.items():
+        if expected != found:
+            raise SettingsError(f"{name} is {expected!r} in the config, {found!r} in {where}: they don't fit")
+    if config.scope not in SCOPES:
+        raise SettingsError(f"unknown scope {config.scope!r}; known: {', '.join(SCOPES)}")
+    end = vocabulary.first_token_id + vocabulary.num_tokens
+    if has_code_rows(model):
+        head = find_code_head(model)
+        rows = (head.first_token_id, len(head.new_rows))
+        if rows != (vocabulary.first_token_id, vocabulary.num_tokens):
+            raise SettingsError(
+                f"the model has {rows[1]} code rows from token {rows[0]}, the vocabulary {vocabulary.num_tokens} from"
+                f" token {vocabulary.first_token_id}: they don't fit"
+            )
+    elif model.get_output_embeddings().weight.shape[0] < end:
+        raise SettingsError(
+            f"the model writes {model.get_output_embeddings().weight.shape[0]} tokens, the codes reach up to token"
+            f" {end - 1}: it doesn't know them"
+        )
 
 
 def installed_versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 Whatever is slow to import is imported by the fixture that needs it, so that collecting stays quick.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -43,11 +42,10 @@ def office_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def factories() -> ModuleType:
-    """The functions of tests/factories.py, which importlib's import mode can't import by name."""
-    spec = importlib.util.spec_from_file_location("factories", Path(__file__).with_name("factories.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The functions of tests/factories.py."""
+    import factories
+
+    return factories
 
 
 @pytest.fixture

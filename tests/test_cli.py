@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import logging
 import os
@@ -6,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_server as hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from safetensors import safe_open
 
 from llmrec import InteractionDataset, __version__, cli
@@ -22,18 +23,6 @@ from llmrec.recommender import Recommender
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny")
-hub = _load("hub_server")
 
 
 @pytest.fixture(scope="module")

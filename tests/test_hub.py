@@ -3,26 +3,14 @@
 The client reads `HF_ENDPOINT` when it is imported, so it runs in processes of its own.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import hub_server as hub
 import pytest
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-hub = _load("hub_server")
-tiny = _load("tiny")
+import tiny
 
 
 @pytest.fixture

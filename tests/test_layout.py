@@ -22,6 +22,7 @@ TOGETHER = {("adapter", "vocabulary")}  # of one line, and in this direction
 # Modules that belong to a part without lying in a folder of its name.
 MEMBERS = {
     "model_card": "recommender",
+    "recommendation": "recommender",
     "recommender_folder": "recommender",
     "tiny_model": "training",
     "commands": "cli",

@@ -1,8 +1,6 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+import tiny
 import yaml
 from huggingface_hub import ModelCard
 
@@ -90,9 +88,6 @@ def test_what_is_not_known_is_not_claimed(semantic_ids):
 
 
 def test_the_python_of_the_card_runs(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
     tiny.recommender(tmp_path).save_pretrained(tmp_path / "<folder>")
     monkeypatch.chdir(tmp_path)
     card = (tmp_path / "<folder>" / "README.md").read_text()

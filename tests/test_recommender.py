@@ -1,32 +1,23 @@
-import importlib.util
 import json
 import logging
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, ItemOrderError, LlmrecError, MissingPartError, SettingsError, UnknownItemError
 from llmrec.item_tokenizers.rq_vae import RQVAEConfig, RQVAETokenizer
+from llmrec.recommendation import catalogue_search
 from llmrec.recommender import Recommender
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +100,7 @@ def test_items_that_share_their_codes_share_the_score(tmp_path, scope):
 def test_unknown_items_are_an_error_or_skipped_and_counted(recommender, caplog):
     with pytest.raises(UnknownItemError, match=r"1 unknown item ID.*'nope'"):
         recommender.recommend([["item-1"], ["item-2", "nope"]])
-    with caplog.at_level(logging.WARNING, logger="llmrec.recommender"):
+    with caplog.at_level(logging.WARNING, logger="llmrec.recommendation.item_filters"):
         skipped = recommender.recommend([["item-1"], ["item-2", "nope"]], on_unknown="skip")
     assert "skipped 1 unknown item IDs in 2 histories" in caplog.text
     _assert_same(skipped, recommender.recommend([["item-1"], ["item-2"]]))
@@ -386,3 +377,170 @@ def test_titles_are_optional(recommender, tmp_path):
 def test_every_error_is_a_llmrec_error(recommender):
     with pytest.raises(LlmrecError):
         recommender.recommend(["nope"])
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "codes", "trie"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_scores_are_those_of_an_exhaustive_search(tmp_path, scope, shared):
+    drawn = np.random.default_rng(3).integers(0, 12, 30)
+    codes = np.stack(np.unravel_index(drawn, (3, 2, 2)), axis=1) if shared else None
+    sizes = (3, 2, 2) if shared else (4, 6, 5)
+    recommender = tiny.recommender(tmp_path, codes=codes, sizes=sizes, scope=scope)
+    histories = tiny.histories(4, (2, 9, 0, 3))
+    items = ["item-7", "item-0", "item-29", "item-7", "item-13"]
+    scores = recommender.score(histories, items)
+    for history, of_history in zip(histories, scores, strict=True):
+        prompt = recommender.task.prompt([int(item_id.removeprefix("item-")) for item_id in history])
+        exhaustive = tiny.exhaustive_scores(
+            recommender.model, prompt, recommender.semantic_ids.codes, recommender.trie, recommender.vocabulary, scope
+        )
+        assert of_history == pytest.approx(exhaustive[[7, 0, 29, 7, 13]].tolist(), abs=1e-4)
+        recommended = {
+            entry.item_id: entry.score for entry in recommender.recommend(history, k=30, exclude_seen=False)
+        }
+        assert of_history == pytest.approx([recommended[item_id] for item_id in items], abs=1e-4)
+        assert recommender.score(history, items) == pytest.approx(of_history, abs=1e-4)
+    own = [["item-1"], [], ["item-2", "item-3"], ["item-4"] * 3]
+    for number, of_history in enumerate(recommender.score(histories, own, batch_size=2)):
+        assert of_history == pytest.approx(recommender.score(histories[number], own[number]), abs=1e-4)
+        assert len(of_history) == len(own[number])
+
+
+def test_scores_of_unknown_items(recommender, caplog):
+    with pytest.raises(UnknownItemError, match="'nope'"):
+        recommender.score(["item-1"], ["item-2", "nope"])
+    with pytest.raises(UnknownItemError, match="'nope'"):
+        recommender.score(["nope"], ["item-2"])
+    scores = recommender.score(["item-1", "nope"], ["item-2", "nope", "item-3"], on_unknown="skip")
+    assert scores[1] == float("-inf")
+    expected = recommender.score(["item-1"], ["item-2", "item-3"])
+    assert [scores[0], scores[2]] == pytest.approx(expected, abs=1e-5)
+    assert "skipped 1 unknown item IDs in 1 histories" in caplog.text
+    assert "skipped 1 unknown item IDs in the items to score" in caplog.text
+    assert recommender.score(["item-1"], []) == []
+    assert recommender.score([["item-1"], []], []) == [[], []]
+    assert recommender.score(["item-1"], ["nope"], on_unknown="skip") == [float("-inf")]
+
+
+def test_items_to_score_that_make_no_sense(recommender):
+    with pytest.raises(DataError, match="one history takes one list of items"):
+        recommender.score([], [["item-1"]])
+    with pytest.raises(SettingsError, match="1 lists of items to score for 2 histories"):
+        recommender.score([[], []], [["item-1"]])
+    with pytest.raises(DataError, match="pass a list of item IDs"):
+        recommender.score([], "item-1")
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 12}])
+def test_a_draw_is_fixed_by_seed_and_history(recommender, settings):
+    histories = tiny.histories(6, (3, 0, 5, 3, 1, 1))
+    settings = {"k": 6, "temperature": 1.5, **settings}
+    together = recommender.recommend(histories, seed=1, **settings)
+    for answer, history in zip(together, histories, strict=True):
+        assert len({entry.item_id for entry in answer}) == 6
+        assert not {entry.item_id for entry in answer} & set(history)
+        assert [entry.score for entry in answer] == pytest.approx(
+            recommender.score(history, [entry.item_id for entry in answer]), abs=1e-4
+        )
+    _assert_same(recommender.recommend(histories, seed=1, batch_size=2, **settings), together)
+    _assert_same(recommender.recommend(histories[::-1], seed=1, **settings), together[::-1])
+    _assert_same([recommender.recommend(history, seed=1, **settings) for history in histories], together)
+    other = recommender.recommend(histories, seed=2, **settings)
+    assert [_pairs(answer) for answer in other] != [_pairs(answer) for answer in together]
+
+
+def test_histories_of_one_call_do_not_share_their_noise(recommender):
+    # Flat enough that the model hardly matters: with the same noise all would draw the same.
+    histories = [[f"item-{row}"] for row in range(8)]
+    answers = recommender.recommend(histories, k=3, temperature=1e4, exclude_seen=False)
+    assert len({tuple(entry.item_id for entry in answer) for answer in answers}) > 4
+
+
+def test_top_k_draws_among_the_best(recommender):
+    best = recommender.recommend(["item-3"], k=4, num_beams=30)
+    cold = recommender.recommend(["item-3"], k=4, num_beams=30, temperature=1e-4, top_k=20)
+    _assert_same([cold], [best])
+    top = {entry.item_id for entry in recommender.recommend(["item-3"], k=5, num_beams=30)}
+    drawn = [recommender.recommend(["item-3"], k=2, num_beams=30, temperature=9.0, top_k=5, seed=n) for n in range(12)]
+    assert {entry.item_id for answer in drawn for entry in answer} == top
+
+
+def test_groups_cover_more_of_the_catalogue(recommender):
+    def first_codes(answer):
+        return {
+            int(recommender.semantic_ids.codes[recommender.item_index.rows([entry.item_id])[0], 0]) for entry in answer
+        }
+
+    history = ["item-3", "item-4"]
+    alike = recommender.recommend(history, k=4, num_beams=4)
+    diverse = recommender.recommend(history, k=4, num_beams=4, num_groups=4, diversity_penalty=100.0)
+    assert len({entry.item_id for entry in diverse}) == 4
+    assert len(first_codes(diverse)) == 4 > len(first_codes(alike))
+    assert [entry.score for entry in diverse] == pytest.approx(
+        recommender.score(history, [entry.item_id for entry in diverse]), abs=1e-4
+    )
+
+
+class FitsOnly:
+    """A search that runs out of memory above some number of requests."""
+
+    def __init__(self, function, most, error):
+        self.function, self.most, self.error = function, most, error
+        self.searched = []
+
+    def __call__(self, model, prompts, *arguments, **settings):
+        self.searched.append((len(prompts), settings.get("num_beams")))
+        if len(prompts) > self.most:
+            raise self.error
+        return self.function(model, prompts, *arguments, **settings)
+
+
+def test_out_of_memory_splits_the_batch_and_never_lowers_the_beams(recommender, monkeypatch, caplog):
+    histories = tiny.histories(7, (3, 1, 4, 1, 5, 9, 2, 6))
+    expected, scores = recommender.recommend(histories, k=5), recommender.score(histories, ["item-1", "item-2"])
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    for name in ("beam_search", "score_leaves"):
+        function = getattr(catalogue_search, name)
+        monkeypatch.setattr(catalogue_search, name, FitsOnly(function, 2, error))
+    with caplog.at_level(logging.WARNING, logger="llmrec.recommendation.request_batches"):
+        answers = recommender.recommend(histories, k=5)
+        assert catalogue_search.beam_search.searched == [(8, 20), (4, 20), (2, 20), (2, 20), (2, 20), (2, 20)]
+        assert caplog.text.count("out of memory with") == 2
+        split = recommender.score(histories, ["item-1", "item-2"])
+    _assert_same(answers, expected)
+    assert np.array(split) == pytest.approx(np.array(scores), abs=1e-4)
+    monkeypatch.setattr(catalogue_search.beam_search, "most", 0)
+    with pytest.raises(SettingsError, match="out of memory with a single request"):
+        recommender.recommend(histories)
+    assert not recommender.model.training
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "trie"])
+def test_threads_get_what_one_thread_gets(tmp_path, scope):
+    recommender = tiny.recommender(tmp_path, scope=scope)
+    histories = tiny.histories(8, (3, 1, 4, 0, 5, 2))
+    expected = [recommender.recommend(history, k=5) for history in histories]
+    scores = recommender.score(histories[0], ["item-1", "item-2"])
+    recommender.model.train()
+
+    def work(number):
+        if number % 5 == 4:
+            assert recommender.score(histories[0], ["item-1", "item-2"]) == pytest.approx(scores, abs=1e-4)
+        _assert_same([recommender.recommend(histories[number % 6], k=5)], [expected[number % 6]])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(60)))
+    assert recommender.model.training
+
+
+def test_files_are_handed_on(recommender, monkeypatch):
+    given = {}
+
+    def recommend_file(*arguments, **options):
+        given.update(arguments=arguments, options=options)
+        return "summary"
+
+    monkeypatch.setattr("llmrec.recommendation.batch.recommend_file", recommend_file)
+    assert recommender.recommend_file("users.parquet", "answers", 5, history_column="items", num_beams=7) == "summary"
+    assert given["arguments"] == (recommender, "users.parquet", "answers", 5)
+    assert given["options"] == {"history_column": "items", "num_beams": 7}

@@ -13,6 +13,7 @@ Two forms of training samples, which teach the same targets:
   template may have text after the history.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -57,11 +58,7 @@ class NextItemTask:
             raise SettingsError(f"a template needs {{history}} exactly once, got {template!r}")
         if max_history < 1:
             raise SettingsError(f"max_history is {max_history}; a prompt shows at least 1 item")
-        if tuple(semantic_ids.codebook_sizes) != vocabulary.codebook_sizes:
-            raise SettingsError(
-                f"the semantic IDs have codebooks of sizes {tuple(semantic_ids.codebook_sizes)}, the vocabulary"
-                f" {vocabulary.codebook_sizes}; add the code tokens of these semantic IDs"
-            )
+        _check_same_sizes(semantic_ids, vocabulary)
         self.template = template
         self.max_history = max_history
         self.vocabulary = vocabulary
@@ -74,6 +71,17 @@ class NextItemTask:
                 " history is empty; begin with some text"
             )
         self._item_tokens = vocabulary.token_ids(semantic_ids.codes)  # [N, L]
+
+    def with_semantic_ids(self, semantic_ids: SemanticIds) -> "NextItemTask":
+        """The same task for other items of the same codes: those of a catalogue that items joined or left.
+
+        Raises:
+            SettingsError: The codes have other codebook sizes.
+        """
+        _check_same_sizes(semantic_ids, self.vocabulary)
+        task = copy.copy(self)
+        task._item_tokens = self.vocabulary.token_ids(semantic_ids.codes)
+        return task
 
     @property
     def text_after_history(self) -> bool:
@@ -106,6 +114,14 @@ class NextItemTask:
         num_labels = num_targets * self.vocabulary.num_levels
         ignored = len(self._before) + len(codes) - num_labels
         return {"input_ids": self._before + codes, "labels": [-100] * ignored + codes[len(codes) - num_labels :]}
+
+
+def _check_same_sizes(semantic_ids: SemanticIds, vocabulary: CodeVocabulary) -> None:
+    if tuple(semantic_ids.codebook_sizes) != vocabulary.codebook_sizes:
+        raise SettingsError(
+            f"the semantic IDs have codebooks of sizes {tuple(semantic_ids.codebook_sizes)}, the vocabulary"
+            f" {vocabulary.codebook_sizes}; add the code tokens of these semantic IDs"
+        )
 
 
 def _text_ids(text_tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
