@@ -1,4 +1,5 @@
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -307,9 +308,13 @@ def test_answers_while_items_come_and_go_are_of_one_catalogue(tmp_path, item_tok
     with ThreadPoolExecutor(3) as pool:
         readers = [pool.submit(reader, number) for number in range(3)]
         try:
-            for _ in range(15):
+            rounds, deadline = 0, time.monotonic() + 60
+            while (rounds < 15 or seen != {0, 1}) and time.monotonic() < deadline:
                 without()
+                if rounds % 3:  # readers aren't given a moment in every round
+                    time.sleep(0.01)
                 again()
+                rounds += 1
         finally:
             stop.append(True)
         for one in readers:
