@@ -2,13 +2,14 @@
 
 What the search needs of a decode step are the log-probabilities of one level's codes. In the scopes "codes" and
 "trie" the rest of the vocabulary doesn't matter, and its part of the head is not computed. In the scope "vocabulary"
-the whole product is needed for its log-sum-exp; it is made some rows at a time, and only the codes' columns are kept.
+the whole product is needed for its log-sum-exp; it is made for some tokens of the vocabulary at a time, and only the
+codes' columns are kept.
 
 Both are modes of the head's own forward, so that engines which gather sharded weights around a module's forward
 (ZeRO-3, FSDP2) see them. This module knows heads and columns. It knows nothing of items.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,9 +19,11 @@ from torch.nn import functional as F
 
 from llmrec.vocabulary import CodeHead, CodeVocabulary, find_code_head, has_code_rows
 
-# Elements of the logits that are held at once where the whole vocabulary is needed: 8 MB of float32 on a CPU.
-_CHUNK = {"cpu": 2**21}
-_ACCELERATOR_CHUNK = 2**26
+# Where the whole vocabulary is needed, the logits of some of its tokens are held at a time: so many elements (2 MB of
+# float32 on a CPU), but no fewer tokens than make a matrix product efficient.
+_ELEMENTS = {"cpu": 2**19}
+_ACCELERATOR_ELEMENTS = 2**26
+_FEWEST_TOKENS = 2048
 
 
 class SearchHead:
@@ -48,9 +51,7 @@ class SearchHead:
         start, end = self.level_columns
         if self.over_vocabulary:
             flat = input.reshape(-1, input.shape[-1])
-            size = max(1, _CHUNK.get(input.device.type, _ACCELERATOR_CHUNK) // cast(Any, self).out_features)
-            chunks = [_level_log_probabilities(self, chunk, start, end) for chunk in flat.split(size)]
-            return torch.cat(chunks).view(*input.shape[:-1], end - start)
+            return _level_log_probabilities(self, flat, start, end).view(*input.shape[:-1], end - start)
         if isinstance(self, CodeHead):
             first = self.first_token_id
             return F.linear(input, self.new_rows[start - first : end - first].to(input.dtype))
@@ -63,22 +64,36 @@ class SearchHead:
 
 
 def _level_log_probabilities(head: SearchHead, input: Tensor, start: int, end: int) -> Tensor:
-    """Log-probabilities float32 [R, K] of one level's codes over the whole vocabulary."""
-    if not isinstance(head, CodeHead):
-        logits = head._all_logits(input).float()
-        return logits[:, start:end].clone() - _logsumexp_in_place(logits)
-    first, end_of_codes = head.first_token_id, head.first_token_id + head.new_rows.shape[0]
-    codes = F.linear(input, head.new_rows.to(input.dtype))
-    logits = nn.Linear.forward(cast(nn.Linear, head), input)
-    logits[:, first:end_of_codes] = -torch.inf  # base rows that the codes stand in the place of (Qwen)
-    of_level = codes[:, start - first : end - first].float()
-    return of_level - torch.logaddexp(_logsumexp_in_place(logits.float()), codes.float().logsumexp(1, keepdim=True))
+    """Log-probabilities float32 [R, K] of one level's codes over the whole vocabulary, of hidden states [R, D]."""
+    if isinstance(head, CodeHead):
+        first = head.first_token_id
+        codes = F.linear(input, head.new_rows.to(input.dtype)).float()
+        # Base rows that the codes stand in the place of (Qwen) are no tokens.
+        parts = [(0, first), (first + len(head.new_rows), len(head.weight))]
+        total = torch.logaddexp(codes.logsumexp(dim=1, keepdim=True), _total(head, input, parts))
+        return codes[:, start - first : end - first] - total
+    if type(head).__mro__[2] is nn.Linear:
+        linear = cast(nn.Linear, head)
+        bias = None if linear.bias is None else linear.bias[start:end]
+        of_level = F.linear(input, linear.weight[start:end], bias).float()
+        return of_level - _total(linear, input, [(0, len(linear.weight))])
+    logits = head._all_logits(input).float()
+    return logits[:, start:end] - logits.logsumexp(dim=1, keepdim=True)
 
 
-def _logsumexp_in_place(logits: Tensor) -> Tensor:
-    """[R, 1]; `logits` is used up, so that no second matrix of its size is needed."""
-    highest = logits.amax(dim=1, keepdim=True)
-    return logits.sub_(highest).exp_().sum(dim=1, keepdim=True).log_().add_(highest)
+def _total(head: nn.Linear, input: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
+    """Log-sum-exp float32 [R, 1] of the logits of tokens in parts [start, end) of the vocabulary."""
+    size = max(_ELEMENTS.get(input.device.type, _ACCELERATOR_ELEMENTS) // len(input), _FEWEST_TOKENS)
+    total = torch.full((len(input), 1), -torch.inf, device=input.device)
+    for part_start, part_end in parts:
+        for start in range(part_start, part_end, size):
+            chunk = slice(start, min(start + size, part_end))
+            logits = F.linear(input, head.weight[chunk], None if head.bias is None else head.bias[chunk]).float()
+            highest = logits.amax(
+                dim=1, keepdim=True
+            )  # in place from here: a second matrix costs as much as the first
+            total = torch.logaddexp(total, logits.sub_(highest).exp_().sum(dim=1, keepdim=True).log_().add_(highest))
+    return total
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Several prompts stand in one row, each seeing itself alone; what all of them beg
 at the start of the row, and is seen by all. This module knows token IDs. It knows nothing of models, codes or items.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import takewhile
@@ -96,19 +97,16 @@ def pack_prompts(prompts: Sequence[Sequence[int]], *, attention_scale: int) -> P
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     shared = _common_start(prompts) if len(prompts) > 1 else 0
+    best, best_shared, best_width = [[request] for request in range(len(prompts))], 0, longest
     best_cost = len(prompts) * longest * (1 + longest / attention_scale)
-    best = [[request] for request in range(len(prompts))]
-    best_shared, width = 0, longest
-    capacity = longest
-    while len(prompts) > 1:
-        bins, used = _fill(lengths, shared, capacity)
-        cost = len(bins) * used * (1 + used / attention_scale)
+    num_rows = len(prompts)
+    while num_rows > 1:
+        num_rows = -(-num_rows // 2)
+        rows, width = _fill(lengths, shared, num_rows)
+        cost = num_rows * width * (1 + width / attention_scale)
         if cost < 0.97 * best_cost:  # explicit masks and the way back have a price of their own
-            best_cost, best, best_shared, width = cost, bins, shared, used
-        if len(bins) == 1:
-            break
-        capacity *= 2
-    return _lay_out(prompts, best, best_shared, width, longest)
+            best, best_shared, best_width, best_cost = rows, shared, width, cost
+    return _lay_out(prompts, best, best_shared, best_width, longest)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> PackedPrompts:
@@ -122,19 +120,15 @@ def _common_start(prompts: Sequence[Sequence[int]]) -> int:
     return min(sum(1 for _ in same), min(map(len, prompts)) - 1)
 
 
-def _fill(lengths: Sequence[int], shared: int, capacity: int) -> tuple[list[list[int]], int]:
-    """Requests of each row, longest first into the first row with room, and the length of the longest row."""
-    bins: list[list[int]] = []
-    used: list[int] = []
+def _fill(lengths: Sequence[int], shared: int, num_rows: int) -> tuple[list[list[int]], int]:
+    """Requests of each row, longest first, each put into the shortest row so far; and the length of the longest."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    used = [(shared, row) for row in range(num_rows)]
     for request in sorted(range(len(lengths)), key=lambda request: -lengths[request]):
-        own = lengths[request] - shared
-        row = next((row for row, length in enumerate(used) if length + own <= capacity), len(bins))
-        if row == len(bins):
-            bins.append([])
-            used.append(shared)
-        bins[row].append(request)
-        used[row] += own
-    return bins, max(used)
+        length, row = heapq.heappop(used)
+        rows[row].append(request)
+        heapq.heappush(used, (length + lengths[request] - shared, row))
+    return rows, max(length for length, _ in used)
 
 
 def _lay_out(

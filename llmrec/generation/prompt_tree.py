@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from llmrec.generation.grouped_attention import grouped_attention
 from llmrec.generation.head import SearchHead, level_columns, search_head
 from llmrec.generation.packing import PackedPrompts
 from llmrec.vocabulary import CodeVocabulary
@@ -224,7 +225,7 @@ def prompt_tree(
         scope: "vocabulary", "codes" or "trie".
         num_slots: Nodes that will be written after each prompt, those of the last call to `write` left out.
     """
-    with search_head(model) as head:
+    with search_head(model) as head, grouped_attention(cast(Any, model).config.get_text_config()):
         yield PromptTree(model, head, prompts, vocabulary, scope, num_slots)
 
 

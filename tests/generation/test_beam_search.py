@@ -1,4 +1,5 @@
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,17 +286,17 @@ def test_prompts_are_read_without_padding_and_the_start_in_common_once(tiny):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_only_the_vocabulary_scope_computes_other_columns_than_the_codes(tiny, scope, monkeypatch):
     _, trie, vocabulary = tiny.random_catalogue(22)
-    widths = []
-    original = head.F.linear
     model = tiny.tiny_model("llama", vocabulary)
-    matrices = {id(find_code_head(model).weight)}
-    monkeypatch.setattr(
-        torch.nn.Linear,
-        "forward",
-        lambda self, x: (widths.append(len(x)) if id(self.weight) in matrices else None) or original(x, self.weight),
+    linear, columns = head.F.linear, []
+    counting = SimpleNamespace(
+        linear=lambda x, weight, *bias: (columns.append(len(weight)), linear(x, weight, *bias))[1]
     )
+    monkeypatch.setattr(head, "F", counting)
+    monkeypatch.setattr(head, "_FEWEST_TOKENS", 16)
+    monkeypatch.setattr(head, "_ELEMENTS", {"cpu": 1})
     beam_search(model, [[3, 4, 5]], trie, vocabulary, num_beams=6, scope=scope)
-    assert widths == ([1, 4, 6] if scope == "vocabulary" else [1])
+    # after the prompt the two other levels, of 6 and 5 codes; the vocabulary is made up of 40 text tokens and 15 codes
+    assert columns == ([15, 16, 16, 8] * 2 if scope == "vocabulary" else [6, 5])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
