@@ -15,7 +15,7 @@ from llmrec.generation.scoring import score_leaves
 from llmrec.generation.selection import Diversity, Sampling
 from llmrec.generation.tree_models import why_no_tree
 from llmrec.generation.trie import ItemTrie
-from llmrec.vocabulary import CodeVocabulary, find_code_head, merge_code_rows
+from llmrec.vocabulary import CodeVocabulary, merge_code_rows
 
 # (model type, its settings): tied and untied heads, MHA and grouped queries
 MODELS = [

@@ -45,7 +45,7 @@ def test_any_prompts_can_be_read_back(seed):
 
 def test_a_row_is_as_long_as_attention_allows():
     prompts = [[number] * length for number, length in enumerate((40, 10, 20, 30, 40))]
-    assert pack_prompts(prompts, attention_scale=10**6).input_ids.shape == (1, 140)
+    assert pack_prompts(prompts, attention_scale=10**6).input_ids.shape == (2, 70)
     packed = pack_prompts(prompts, attention_scale=40)
     assert packed.input_ids.shape == (3, 50)  # 40 and 10, 30 and 20, 40
     assert (packed.owners == PADDING).sum() == 10
