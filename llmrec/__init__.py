@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from llmrec.item_tokenizers.semantic_ids import SemanticIds
     from llmrec.item_tokenizers.simcit import SimCITConfig, SimCITTokenizer
     from llmrec.processes import Processes
+    from llmrec.recommendation.batch import BatchSummary, recommend_file
     from llmrec.recommender import Recommender
     from llmrec.tasks.next_item import NextItemTask
     from llmrec.training.config import RecFinetuneConfig
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from llmrec.vocabulary import CodeVocabulary, add_code_rows
 
 _MODULES = {
+    "BatchSummary": "llmrec.recommendation.batch",
     "CodeDiagnostics": "llmrec.item_tokenizers.diagnostics",
     "CodeVocabulary": "llmrec.vocabulary",
     "DatasetSplits": "llmrec.data.splits",
@@ -86,6 +88,7 @@ _MODULES = {
     "evaluate": "llmrec.evaluation.evaluator",
     "leave_one_out": "llmrec.data.splits",
     "load_dataset_from": "llmrec.data.loading",
+    "recommend_file": "llmrec.recommendation.batch",
     "split_by_time": "llmrec.data.splits",
     "synthetic_dataset": "llmrec.data.synthetic",
 }

@@ -154,6 +154,7 @@ class Recommender:
         seed: int = 0,
         num_groups: int = 1,
         diversity_penalty: float = 0.0,
+        scope: str | None = None,
         batch_size: int = 16,
         on_unknown: str = "error",
         progress: bool | None = None,
@@ -188,6 +189,8 @@ class Recommender:
                 than k may be found where a search of few beams goes into many groups.
             diversity_penalty: What a code costs a group for each beam of an earlier group that has it there, in
                 natural log-probability. It decides what is found, the scores stay without it.
+            scope: Over what a code's probability is normalised: "vocabulary", "codes" or "trie" (see `beam_search`).
+                By default the scope that the model was trained with, `config.scope`.
             batch_size: Histories searched at once; those of like length are put together. Where memory runs out the
                 batch is split, and the log says so; `num_beams` stays as it is.
             on_unknown: What to do about item IDs that the catalogue doesn't hold, in histories, `allow` and `deny`:
@@ -227,7 +230,8 @@ class Recommender:
             single=requests.single,
             skip_unknown=_skips(on_unknown),
         )
-        search = CatalogueSearch(self.model, self.vocabulary, self.config.scope, catalogue, requests.prompts)
+        scope = self.config.scope if scope is None else scope
+        search = CatalogueSearch(self.model, self.vocabulary, scope, catalogue, requests.prompts)
         answers = search.find(settings, filters, requests.histories, batch_size=batch_size, progress=progress)
         return answers[0] if requests.single else answers
 
@@ -236,6 +240,7 @@ class Recommender:
         history: Sequence[str] | Sequence[Sequence[str]],
         items: Sequence[str] | Sequence[Sequence[str]],
         *,
+        scope: str | None = None,
         batch_size: int = 16,
         on_unknown: str = "error",
         progress: bool | None = None,
@@ -248,6 +253,7 @@ class Recommender:
             history: As for `recommend`.
             items: Item IDs, in any order, repeats allowed; for many histories one list for all, or a list of as many
                 lists.
+            scope: Over what a code's probability is normalised, see `recommend`.
             batch_size: Histories scored at once; see `recommend`.
             on_unknown: What to do about item IDs that the catalogue doesn't hold: "error", or "skip" (the log counts
                 them), which gives such items minus infinity: they can't be recommended.
@@ -264,7 +270,8 @@ class Recommender:
         catalogue = self._catalogue
         requests = Requests.read(history, catalogue, skip_unknown=_skips(on_unknown))
         rows = requests.rows_to_score(items, catalogue, skip_unknown=_skips(on_unknown))
-        search = CatalogueSearch(self.model, self.vocabulary, self.config.scope, catalogue, requests.prompts)
+        scope = self.config.scope if scope is None else scope
+        search = CatalogueSearch(self.model, self.vocabulary, scope, catalogue, requests.prompts)
         scores = search.score(rows, batch_size=batch_size, progress=progress)
         return scores[0] if requests.single else scores
 

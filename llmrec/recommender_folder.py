@@ -20,7 +20,7 @@ from typing import Any
 from llmrec._version import __version__
 from llmrec.errors import DataError, MissingPartError, SettingsError
 from llmrec.files import atomic_folder, check_format, grant_usual_permissions, read_json, write_json
-from llmrec.generation.beam_search import SCOPES
+from llmrec.generation.beam_search import check_scope
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.pretrained import load_base_model, resolve_pretrained
 from llmrec.tasks.next_item import NextItemTask
@@ -134,8 +134,7 @@ def check_parts(
     for name, (expected, found, where) in described.items():
         if expected != found:
             raise SettingsError(f"{name} is {expected!r} in the config, {found!r} in {where}: they don't fit")
-    if config.scope not in SCOPES:
-        raise SettingsError(f"unknown scope {config.scope!r}; known: {', '.join(SCOPES)}")
+    check_scope(config.scope)
     end = vocabulary.first_token_id + vocabulary.num_tokens
     if has_code_rows(model):
         head = find_code_head(model)

