@@ -1,9 +1,9 @@
 """Beam search over the items through transformers' `generate`: for models that the tree search can't take.
 
-Encoder-decoder models, windows, recurrent layers: whatever `generate` can decode. The same answers and scores as the
-tree's, but slower (padding is computed, the prompt's keys and values are copied once per beam) and in more memory
-(`generate` gives scores only if it may keep the log-probabilities [beams, V] of every step). The generation defaults
-that come with a checkpoint (sampling, top-k, repetition penalty, forced tokens, ...) have no effect here.
+Encoder-decoder models, recurrent and convolutional layers: whatever `generate` can decode. The same answers and scores
+as the tree's, but slower (padding is computed, the prompt's keys and values are copied once per beam) and in more
+memory (`generate` gives scores only if it may keep the log-probabilities [beams, V] of every step). The generation
+defaults that come with a checkpoint (sampling, top-k, repetition penalty, forced tokens, ...) have no effect here.
 
 This module knows tokens and leaves of the trie. It knows nothing of item IDs, prompts' texts or histories.
 """

@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "llmrec_grouped"
+# Options of some models' attention that change its result: SDPA's own function knows them, or refuses them.
+_LEFT_TO_SDPA = ("position_bias", "softcap", "s_aux")
 
 
 def _forward(
@@ -32,18 +34,23 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """Output [B, K, H, D] of queries [B, H, K, D], keys and values [B, H / groups, S, D], mask [B, 1, K, S]."""
     groups = query.shape[1] // key.shape[1]
-    if attention_mask is None or groups == 1 or options.get("position_bias") is not None:
+    if attention_mask is None or groups == 1 or any(options.get(name) is not None for name in _LEFT_TO_SDPA):
         plain = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
         return plain[0], None
     if query.device.type == "cpu":
         output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
     else:
-        batch, heads, num_queries, width = query.shape
-        packed = query.reshape(batch, heads // groups, groups * num_queries, width)
-        mask = attention_mask.repeat(1, 1, groups, 1)
-        output = F.scaled_dot_product_attention(packed, key, value, mask, scale=scaling)
-        output = output.reshape(batch, heads, num_queries, value.shape[3])
+        output = _packed(query, key, value, attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Output [B, H, K, D]: the queries of a group's heads are one head's, groups times as many."""
+    batch, heads, num_queries, width = query.shape
+    groups = heads // key.shape[1]
+    packed = query.reshape(batch, heads // groups, groups * num_queries, width)
+    output = F.scaled_dot_product_attention(packed, key, value, mask.repeat(1, 1, groups, 1), scale=scaling)
+    return output.reshape(batch, heads, num_queries, value.shape[3])
 
 
 AttentionInterface.register(NAME, _forward)
