@@ -22,12 +22,11 @@ import torch
 from llmrec.data.item_order import ItemIndex
 from llmrec.data.recommendation import as_histories
 from llmrec.embeddings.base import ItemEmbeddings
-from llmrec.errors import DataError, MissingPartError, SettingsError
+from llmrec.errors import DataError, SettingsError
 from llmrec.generation.item_sets import ItemSet
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.model_card import model_card
-from llmrec.pretrained import load_text_tokenizer
 from llmrec.recommendation.catalogue import Catalogue, NewItems
 from llmrec.recommendation.catalogue_search import CatalogueSearch, one_at_a_time
 from llmrec.recommendation.item_filters import ItemFilters, read_items
@@ -41,11 +40,9 @@ from llmrec.recommender_folder import (
     RecommenderConfig,
     check_others_can_load,
     check_parts,
-    download_folder,
-    find_kind,
-    load_adapter_model,
-    load_full_model,
+    find_folder,
     push_folder,
+    read_folder,
     replace_parts,
 )
 from llmrec.tasks.next_item import NextItemTask
@@ -437,41 +434,13 @@ class Recommender:
             DataError: A part can't be read.
             ItemOrderError, SettingsError: The parts don't fit each other.
         """
-        folder = Path(name)
-        if not folder.is_dir():
-            if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-                raise MissingPartError(f"no recommender folder {str(name)!r}")
-            folder = download_folder(str(name), revision=revision, token=token)
-        config = RecommenderConfig.load(folder)
-        kind = find_kind(folder)
-        item_tokenizer = None
-        if config.item_tokenizer is not None:
-            from llmrec.item_tokenizers.base import ItemTokenizer
-
-            if not (folder / ITEM_TOKENIZER_NAME).is_dir():
-                raise MissingPartError(
-                    f"{folder / ITEM_TOKENIZER_NAME} is missing: the {config.item_tokenizer} is there"
-                )
-            item_tokenizer = ItemTokenizer.from_pretrained(folder / ITEM_TOKENIZER_NAME)
-        text_tokenizer = load_text_tokenizer(str(folder))
-        semantic_ids = SemanticIds.load(folder / SEMANTIC_IDS_NAME)
-        try:
-            items = datasets.Dataset(pq.read_table(folder / ITEMS_NAME))
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{folder / ITEMS_NAME} can't be read: {error}") from error
-        vocabulary = CodeVocabulary.from_tokenizer(text_tokenizer, config.codebook_sizes)
-        task = NextItemTask(
-            text_tokenizer, vocabulary, semantic_ids, template=config.template, max_history=config.max_history
-        )
+        folder = find_folder(str(name), revision=revision, token=token)
         arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        if kind == "adapter":
-            model = load_adapter_model(folder, config, base_model=base_model, token=token, **arguments)
-        else:
-            model = load_full_model(folder, **arguments)
+        parts = read_folder(folder, base_model=base_model, token=token, **arguments)
         if device is None:
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        model = model.to(device).eval()
-        return cls(model, text_tokenizer, semantic_ids, vocabulary, items, task, config, item_tokenizer)
+        parts["model"] = parts["model"].to(device).eval()
+        return cls(**parts)
 
     def merge(self) -> "Recommender":
         """The same recommender with LoRA and code rows written into the model: a plain transformers model.

@@ -1,7 +1,7 @@
 """The recommender folder: its settings file, its parts, and how it gets to the Hub and back.
 
 The folder holds all that `recommend` needs (see `Recommender.save_pretrained`). This module knows file names, models
-and the Hub's client; what is inside the other parts is read and written by those they belong to.
+and the Hub's client, and joins the parts of a folder; what is inside them is read and written by those they belong to.
 """
 
 import fnmatch
@@ -17,12 +17,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from llmrec._version import __version__
 from llmrec.errors import DataError, MissingPartError, SettingsError
 from llmrec.files import atomic_folder, check_format, grant_usual_permissions, read_json, write_json
 from llmrec.generation.beam_search import check_scope
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
-from llmrec.pretrained import load_base_model, resolve_pretrained
+from llmrec.pretrained import load_base_model, load_text_tokenizer, resolve_pretrained
 from llmrec.tasks.next_item import NextItemTask
 from llmrec.vocabulary import CodeVocabulary, find_code_head, has_code_rows
 
@@ -222,6 +226,67 @@ def replace_parts(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _is_part(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in PARTS)
+
+
+def find_folder(name: str, *, revision: str | None, token: str | None) -> Path:
+    """The folder of a recommender: as it is named, or brought from the Hub.
+
+    Raises:
+        MissingPartError: No such folder, repository or revision, or no access to it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise MissingPartError(f"no recommender folder {name!r}")
+    return download_folder(name, revision=revision, token=token)
+
+
+def read_folder(folder: Path, *, base_model: str | None, token: str | None, **arguments: Any) -> dict[str, Any]:
+    """The parts of a recommender, as `Recommender` takes them.
+
+    Args:
+        folder: What `Recommender.save_pretrained` wrote.
+        base_model: Another place to take the base model of an adapter from.
+        token: Access token for it.
+        **arguments: For transformers' `from_pretrained`, such as `dtype`.
+
+    Raises:
+        MissingPartError: A part is missing: the message names it.
+        DataError: A part can't be read.
+    """
+    config = RecommenderConfig.load(folder)
+    kind = find_kind(folder)
+    item_tokenizer = None
+    if config.item_tokenizer is not None:
+        from llmrec.item_tokenizers.base import ItemTokenizer
+
+        if not (folder / ITEM_TOKENIZER_NAME).is_dir():
+            raise MissingPartError(f"{folder / ITEM_TOKENIZER_NAME} is missing: the {config.item_tokenizer} is there")
+        item_tokenizer = ItemTokenizer.from_pretrained(folder / ITEM_TOKENIZER_NAME)
+    text_tokenizer = load_text_tokenizer(str(folder))
+    semantic_ids = SemanticIds.load(folder / SEMANTIC_IDS_NAME)
+    try:
+        items = datasets.Dataset(pq.read_table(folder / ITEMS_NAME))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{folder / ITEMS_NAME} can't be read: {error}") from error
+    vocabulary = CodeVocabulary.from_tokenizer(text_tokenizer, config.codebook_sizes)
+    task = NextItemTask(
+        text_tokenizer, vocabulary, semantic_ids, template=config.template, max_history=config.max_history
+    )
+    if kind == "adapter":
+        model = load_adapter_model(folder, config, base_model=base_model, token=token, **arguments)
+    else:
+        model = load_full_model(folder, **arguments)
+    return {
+        "model": model,
+        "text_tokenizer": text_tokenizer,
+        "semantic_ids": semantic_ids,
+        "vocabulary": vocabulary,
+        "items": items,
+        "task": task,
+        "config": config,
+        "item_tokenizer": item_tokenizer,
+    }
 
 
 def download_folder(repo_id: str, *, revision: str | None, token: str | None) -> Path:
