@@ -30,3 +30,7 @@ class SettingsError(LlmrecError, ValueError):
 
 class MissingPartError(LlmrecError, FileNotFoundError):
     """A saved folder without one of the files it must hold."""
+
+
+class WriteError(LlmrecError, OSError):
+    """A file that couldn't be written: a full disk, a quota, a read-only folder."""

@@ -27,7 +27,7 @@ from llmrec import Recommender
 
 model = Recommender.from_pretrained("{name}")
 model.recommend([{example}], k=10)
-```
+{search}```
 
 A history is a list of item IDs, oldest first; the answer is a list of item ID, score (a sum of natural
 log-probabilities) and title, best first. Items of the history are left out unless `exclude_seen=False`.
@@ -77,6 +77,7 @@ def model_card(
         num_levels=semantic_ids.num_levels,
         name=name,
         example=", ".join(json.dumps(item_id, ensure_ascii=False) for item_id in semantic_ids.item_ids[:2]),
+        search="" if config.search_template is None else 'model.search("what somebody is looking for", k=10)\n',
         data=_bullets(config.dataset) or "Nothing was recorded about the data.",
         method=_bullets(_method(config, semantic_ids)),
         settings=_bullets(config.training) or "Nothing was recorded about the training.",

@@ -90,14 +90,17 @@ def _resolve_folder(folder: Path) -> PretrainedSource:
 
 
 def load_base_model(name: str, *, revision: str | None = None, token: str | None = None, **arguments: Any) -> Any:
-    """Loads a causal language model in evaluation mode, without any remote code.
+    """Loads a language model in evaluation mode, without any remote code.
+
+    A decoder alone, or an encoder and a decoder: its settings say which. A GGUF file is taken for a decoder, since
+    reading its settings apart from its weights takes as long as loading both.
 
     Args:
         name: See `resolve_pretrained`.
         revision: Branch, tag or commit, for Hub IDs.
         token: Access token, for private Hub IDs.
-        **arguments: Further arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype`. A GGUF file is
-            dequantised to `dtype` (float32 where none is given).
+        **arguments: Further arguments of transformers' `from_pretrained`, such as `dtype`. A GGUF file is dequantised
+            to `dtype` (float32 where none is given).
 
     Returns:
         A `transformers.PreTrainedModel`.
@@ -105,9 +108,9 @@ def load_base_model(name: str, *, revision: str | None = None, token: str | None
     from transformers import AutoModelForCausalLM
 
     source = resolve_pretrained(name)
-    if source.is_hub_id:
-        arguments = {"revision": revision, "token": token, **arguments}
-    model: Any = AutoModelForCausalLM.from_pretrained(source.path, **source.load_arguments, **arguments)
+    place = {"revision": revision, "token": token} if source.is_hub_id else {}
+    auto_class = AutoModelForCausalLM if source.gguf_file else auto_model_class(source.path, **place)
+    model = auto_class.from_pretrained(source.path, **source.load_arguments, **place, **arguments)
     if source.gguf_file:
         # The weights are dequantised, but the model still says it is quantised, and save_pretrained would fail.
         if hasattr(model.config, "quantization_config"):
@@ -115,6 +118,19 @@ def load_base_model(name: str, *, revision: str | None = None, token: str | None
         model.hf_quantizer = None
         model.is_quantized = False
     return model.eval()
+
+
+def auto_model_class(path: str, **arguments: Any) -> Any:
+    """`AutoModelForSeq2SeqLM` where the settings of a model say that it has an encoder, else `AutoModelForCausalLM`.
+
+    Args:
+        path: What `from_pretrained` takes: a Hub ID or a folder.
+        **arguments: Of `AutoConfig.from_pretrained`, such as `revision`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = AutoConfig.from_pretrained(path, **arguments)
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_text_tokenizer(

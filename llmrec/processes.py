@@ -1,12 +1,15 @@
-"""The processes that fit or embed together: who has which rows, and how tensors and gradients meet.
+"""The processes that work together: who has which rows, how tensors and gradients meet, who holds which weights.
 
 The processes are accelerate's (`accelerate launch`); here is only what is computed over them. The rule of all losses:
 every process returns its share, so that the sum over processes is the loss of the whole batch, and gradients are
 added. So any number of processes, also with parts of unequal size, gives the gradient of one.
+
+An engine may also share the weights of a model out over them (DeepSpeed ZeRO-3, FSDP, tensor parallelism): then no
+process can compute alone, and what is outside a forward has to be gathered first.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -123,6 +126,46 @@ class Processes:
         yield
         if self.is_main:
             self.barrier()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has only a share of some of the model's parameters, or may have (FSDP with one process).
+
+    Every forward of such a model needs all processes at once.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    # `ds_id`: DeepSpeed's ZeRO-3
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes; the weights of a sharded one may wait on the CPU (offload)."""
+    device: torch.device = Processes.launched().device if is_sharded(model) else model.device
+    return device
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    """Within the block parameters that ZeRO-3 has shared out are whole, on every process; others are as they are.
+
+    All processes must enter it.
+
+    Args:
+        parameters: Shared out or not; repeats are fine.
+        modify: Whether what the main process writes into them in the block is shared out to all, after it.
+    """
+    shared = list({id(parameter): parameter for parameter in parameters if hasattr(parameter, "ds_id")}.values())
+    if not shared:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(shared, modifier_rank=0 if modify else None):
+        yield
 
 
 class _GatherRows(torch.autograd.Function):

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from llmrec.adapter import is_adapter, is_quantized, merge_adapter, merge_quantized, save_adapter
 from llmrec.data.item_order import ItemIndex
 from llmrec.data.recommendation import as_histories
 from llmrec.embeddings.base import ItemEmbeddings
@@ -27,6 +28,8 @@ from llmrec.generation.item_sets import ItemSet
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.model_card import model_card
+from llmrec.pretrained import load_base_model
+from llmrec.processes import device_of
 from llmrec.recommendation.catalogue import Catalogue, NewItems
 from llmrec.recommendation.catalogue_search import CatalogueSearch, one_at_a_time
 from llmrec.recommendation.item_filters import ItemFilters, read_items
@@ -45,6 +48,7 @@ from llmrec.recommender_folder import (
     read_folder,
     replace_parts,
 )
+from llmrec.tasks.item_search import SearchPrompts
 from llmrec.tasks.next_item import NextItemTask
 from llmrec.vocabulary import CodeVocabulary, has_code_rows, merge_code_rows
 
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from llmrec.recommendation.batch import BatchSummary
 
 logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 128  # of a prompt on which two precisions of one model are compared
 
 
 class Recommender:
@@ -99,8 +105,8 @@ class Recommender:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the model is LoRA on a base model, which is then not part of the folder."""
-        return hasattr(self.model, "peft_config")
+        """Whether LoRA, or code rows alone, were trained on a base model, which is then not part of the folder."""
+        return is_adapter(self.model)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -218,15 +224,90 @@ class Recommender:
         )
         catalogue = self._catalogue
         requests = Requests.read(history, catalogue, skip_unknown=_skips(on_unknown))
-        filters = ItemFilters(
+        filters = self._filters(requests, catalogue, exclude_seen, allow, deny, on_unknown)
+        return self._answers(requests, catalogue, filters, settings, scope, batch_size, progress)
+
+    def search(
+        self,
+        query: str | Sequence[str],
+        k: int = 10,
+        *,
+        history: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        exclude_seen: bool = True,
+        allow: Any = None,
+        deny: Any = None,
+        num_beams: int | None = None,
+        scope: str | None = None,
+        batch_size: int = 16,
+        on_unknown: str = "error",
+        progress: bool | None = None,
+    ) -> Any:
+        """Finds the items that a text asks for, with a model that was trained on the task `item_search`.
+
+        Args:
+            query: What is looked for, in the words of the training queries; or a list of such texts. The text is
+                words to the model, whatever it says: "<a_3>" in it is no code.
+            k: Number of items wanted.
+            history: Item IDs of the one who asks, oldest first, which the answer is fitted to; for many queries a
+                list of as many histories, empty ones among them where nothing is known.
+            exclude_seen: Leave out all items of the history.
+            allow: As for `recommend`; with many queries one set for all, or one a query.
+            deny: Likewise.
+            num_beams: As for `recommend`.
+            scope: As for `recommend`.
+            batch_size: Queries searched at once.
+            on_unknown: As for `recommend`.
+            progress: As for `recommend`.
+
+        Returns:
+            As for `recommend`: for one query a list of `Recommendation`, best first; for many a list of such lists.
+
+        Raises:
+            SettingsError: The model wasn't trained to search, or not with histories; another number of histories than
+                of queries; and as for `recommend`.
+            DataError: A query without text, or that is no text; and as for `recommend`.
+            UnknownItemError: As for `recommend`.
+        """
+        if self.config.search_template is None:
+            raise SettingsError(
+                "this recommender was not trained to search (its config has no search_template): fine-tune it with the"
+                " task 'item_search' among its tasks, on items with a column of queries"
+            )
+        settings, catalogue = SearchSettings(k, num_beams=num_beams), self._catalogue
+        prompts = SearchPrompts(
+            self.text_tokenizer,
+            self.vocabulary,
+            catalogue.task.frame,
+            template=self.config.search_template,
+            history_template=self.config.search_history_template,
+        )
+        requests = Requests.of_queries(query, history, catalogue, prompts, skip_unknown=_skips(on_unknown))
+        filters = self._filters(requests, catalogue, exclude_seen, allow, deny, on_unknown)
+        return self._answers(requests, catalogue, filters, settings, scope, batch_size, progress)
+
+    def _filters(
+        self, requests: Requests, catalogue: Catalogue, exclude_seen: bool, allow: Any, deny: Any, on_unknown: str
+    ) -> ItemFilters:
+        return ItemFilters(
             catalogue,
-            self.model.device,
+            device_of(self.model),
             requests.rows if exclude_seen else [rows[:0] for rows in requests.rows],
             allow=allow,
             deny=deny,
             single=requests.single,
             skip_unknown=_skips(on_unknown),
         )
+
+    def _answers(
+        self,
+        requests: Requests,
+        catalogue: Catalogue,
+        filters: ItemFilters,
+        settings: SearchSettings,
+        scope: str | None,
+        batch_size: int,
+        progress: bool | None,
+    ) -> Any:
         scope = self.config.scope if scope is None else scope
         search = CatalogueSearch(self.model, self.vocabulary, scope, catalogue, requests.prompts)
         answers = search.find(settings, filters, requests.histories, batch_size=batch_size, progress=progress)
@@ -287,7 +368,7 @@ class Recommender:
         """
         catalogue = self._catalogue
         found = read_items(items, catalogue, "items")
-        return found if isinstance(found, ItemSet) else catalogue.item_set(found, self.model.device)
+        return found if isinstance(found, ItemSet) else catalogue.item_set(found, device_of(self.model))
 
     def add_items(self, items: NewItems, embeddings: ItemEmbeddings | Mapping[str, ItemEmbeddings]) -> None:
         """Adds new items, which can be recommended at once. No present item changes its codes.
@@ -359,7 +440,7 @@ class Recommender:
 
     def _swap(self, catalogue: Catalogue) -> None:
         """Makes a catalogue the one that calls start with, when all is ready."""
-        catalogue.trie_on(self.model.device)
+        catalogue.trie_on(device_of(self.model))
         self._catalogue = catalogue
 
     def recommend_file(
@@ -402,8 +483,6 @@ class Recommender:
 
     def _save_model(self, folder: Path) -> None:
         if self.is_adapter:
-            from llmrec.adapter import save_adapter
-
             save_adapter(self.model, folder)
             return
         self.merge().model.save_pretrained(folder)
@@ -445,22 +524,24 @@ class Recommender:
     def merge(self) -> "Recommender":
         """The same recommender with LoRA and code rows written into the model: a plain transformers model.
 
-        Logits are the same. This one stays as it is; both take memory.
+        Logits are the same. This one stays as it is; both take memory. Where the base was trained on in 4 or 8 bits,
+        it is loaded again in the type that its other weights have, and the logits are those of the adapter on that;
+        how far they are from those of the training run is logged (`merge_quantized`).
 
         Raises:
-            SettingsError: The base model is loaded in 4 or 8 bits.
+            MissingPartError: The base model, to be loaded again, isn't where the config says.
         """
         if not self.is_adapter and not has_code_rows(self.model):
             return self
         catalogue = self._catalogue
         with one_at_a_time(self.model):  # a search changes the head for its time
-            model = copy.deepcopy(self.model)
-        if self.is_adapter:
-            from llmrec.adapter import merge_adapter
-
-            model = merge_adapter(model)
-        else:
-            merge_code_rows(model)
+            if is_quantized(self.model):
+                model = self._merged_from_quantized(catalogue)
+            elif self.is_adapter:
+                model = merge_adapter(copy.deepcopy(self.model))
+            else:
+                model = copy.deepcopy(self.model)
+                merge_code_rows(model)
         return Recommender(
             model.eval(),
             self.text_tokenizer,
@@ -471,6 +552,13 @@ class Recommender:
             self.config,
             self.item_tokenizer,
         )
+
+    def _merged_from_quantized(self, catalogue: Catalogue) -> Any:
+        name, revision = self.config.base_model, self.config.base_revision
+        base = load_base_model(name, revision=revision, dtype=self.model.dtype).to(self.model.device)
+        length = min(_PROBE_TOKENS, self.vocabulary.num_levels * catalogue.semantic_ids.num_items)
+        tokens = self.vocabulary.token_ids(catalogue.semantic_ids.codes).flatten()[:length]
+        return merge_quantized(self.model, base, torch.from_numpy(tokens).unsqueeze(0))
 
     def push_to_hub(
         self,

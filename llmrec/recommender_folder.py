@@ -26,7 +26,7 @@ from llmrec.errors import DataError, MissingPartError, SettingsError
 from llmrec.files import atomic_folder, check_format, grant_usual_permissions, read_json, write_json
 from llmrec.generation.beam_search import check_scope
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
-from llmrec.pretrained import load_base_model, load_text_tokenizer, resolve_pretrained
+from llmrec.pretrained import auto_model_class, load_base_model, load_text_tokenizer, resolve_pretrained
 from llmrec.tasks.next_item import NextItemTask
 from llmrec.vocabulary import CodeVocabulary, find_code_head, has_code_rows
 
@@ -66,6 +66,9 @@ class RecommenderConfig:
         first_token_id: Token ID of the first code.
         base_revision: Commit, branch or tag of the base model, for Hub IDs.
         scope: Over what scores are normalised, "vocabulary", "codes" or "trie": the scope the model was trained with.
+        chat: Whether prompts are the user's turn of a chat.
+        search_template: Prompt of a search, with "{query}" in it; None where the model wasn't trained to search.
+        search_history_template: Prompt of a search with a history, with "{query}" and "{history}" in it, or None.
         item_tokenizer: Class name of the item tokenizer in the folder; None where there is none.
         dataset: What it was trained on, for the model card: "name", and whatever else is known. JSON values only.
         training: Settings and outcome of the training, for the model card. JSON values only.
@@ -82,6 +85,9 @@ class RecommenderConfig:
     first_token_id: int
     base_revision: str | None = None
     scope: str = "vocabulary"
+    chat: bool = False
+    search_template: str | None = None
+    search_history_template: str | None = None
     item_tokenizer: str | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -134,15 +140,22 @@ def check_parts(
         "first_token_id": (config.first_token_id, vocabulary.first_token_id, "the text tokenizer"),
         "template": (config.template, task.template, "the task"),
         "max_history": (config.max_history, task.max_history, "the task"),
+        "chat": (config.chat, task.frame.chat, "the task"),
     }
     for name, (expected, found, where) in described.items():
         if expected != found:
             raise SettingsError(f"{name} is {expected!r} in the config, {found!r} in {where}: they don't fit")
+    if bool(model.config.is_encoder_decoder) is not task.frame.encoder_decoder:
+        kind = "an encoder and a decoder" if model.config.is_encoder_decoder else "a decoder alone"
+        raise SettingsError(
+            f"the model is {kind}, the task makes prompts for the other kind: give NextItemTask encoder_decoder="
+            f"{model.config.is_encoder_decoder}"
+        )
     check_scope(config.scope)
     end = vocabulary.first_token_id + vocabulary.num_tokens
     if has_code_rows(model):
         head = find_code_head(model)
-        rows = (head.first_token_id, len(head.new_rows))
+        rows = (head.first_token_id, head.num_codes)
         if rows != (vocabulary.first_token_id, vocabulary.num_tokens):
             raise SettingsError(
                 f"the model has {rows[1]} code rows from token {rows[0]}, the vocabulary {vocabulary.num_tokens} from"
@@ -270,13 +283,19 @@ def read_folder(folder: Path, *, base_model: str | None, token: str | None, **ar
     except pa.ArrowInvalid as error:
         raise DataError(f"{folder / ITEMS_NAME} can't be read: {error}") from error
     vocabulary = CodeVocabulary.from_tokenizer(text_tokenizer, config.codebook_sizes)
-    task = NextItemTask(
-        text_tokenizer, vocabulary, semantic_ids, template=config.template, max_history=config.max_history
-    )
     if kind == "adapter":
         model = load_adapter_model(folder, config, base_model=base_model, token=token, **arguments)
     else:
         model = load_full_model(folder, **arguments)
+    task = NextItemTask(
+        text_tokenizer,
+        vocabulary,
+        semantic_ids,
+        template=config.template,
+        max_history=config.max_history,
+        chat=config.chat,
+        encoder_decoder=model.config.is_encoder_decoder,
+    )
     return {
         "model": model,
         "text_tokenizer": text_tokenizer,
@@ -376,10 +395,9 @@ def load_full_model(folder: Path, **arguments: Any) -> Any:
         DataError: They can't be read.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_model_class(str(folder)).from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **arguments
         )
     except SafetensorError as error:

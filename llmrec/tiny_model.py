@@ -1,18 +1,43 @@
-"""A tiny LLaMA built on the spot, for trying everything out without downloading anything.
+"""Models of random weights built on the spot: they know no language, all they can do they learn from interactions.
 
-Its text tokenizer is a SentencePiece model trained on the texts given, its weights are random. It knows no language:
-what it can do after fine-tuning, it learned from the interactions alone.
+`tiny-llama` is for trying everything out without downloading anything. `letter-tiger` is the T5 of LETTER-TIGER (Wang
+et al., CIKM 2024; its shape is that of the authors' released script), which the paper trains from random weights too.
+
+The text tokenizer of either is a SentencePiece model trained on the texts given. This module knows nothing of codes:
+their tokens and rows are added to these models as to any other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmrec.errors import DataError
+from llmrec.errors import DataError, SettingsError
 from llmrec.files import atomic_folder, write_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 TINY_LLAMA = "tiny-llama"
+LETTER_TIGER = "letter-tiger"
+
+
+def is_built_in(name: str | None) -> bool:
+    """Whether a base model of this name is built on the spot, and neither a folder nor a Hub ID."""
+    return name in _BUILDERS
+
+
+def build(name: str, texts: Iterable[str], folder: str | Path, *, seed: int = 0) -> None:
+    """Writes the folder of a built-in model; see `build_tiny_llama` and `build_letter_tiger`.
+
+    Raises:
+        SettingsError: There is no built-in model of this name.
+        DataError: There is no text to train a text tokenizer on.
+    """
+    if not is_built_in(name):
+        raise SettingsError(f"no built-in model {name!r}; there are {', '.join(_BUILDERS)}")
+    _BUILDERS[name](texts, folder, seed=seed)
 
 
 def build_tiny_llama(
@@ -25,7 +50,7 @@ def build_tiny_llama(
     max_length: int = 512,
     seed: int = 0,
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+    """Writes a tiny LLaMA, as a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     Args:
         texts: What the SentencePiece model (BPE with byte fallback) is trained on, such as the titles of a catalogue.
@@ -39,45 +64,126 @@ def build_tiny_llama(
     Raises:
         DataError: There is no text to train on.
     """
-    import sentencepiece
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    def make(text_tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(text_tokenizer),
+                hidden_size=hidden_size,
+                intermediate_size=2 * hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=hidden_size // 32,
+                max_position_embeddings=max_length,
+                tie_word_embeddings=True,
+                **_special_tokens(text_tokenizer),
+            )
+        )
+
+    _write(folder, texts, make, vocabulary_size=vocabulary_size, max_length=max_length, start_token=True, seed=seed)
+
+
+def build_letter_tiger(
+    texts: Iterable[str],
+    folder: str | Path,
+    *,
+    vocabulary_size: int = 800,
+    max_length: int = 512,
+    seed: int = 0,
+) -> None:
+    """Writes LETTER-TIGER's T5 with random weights, as a folder that `AutoModelForSeq2SeqLM` and `AutoTokenizer` load.
+
+    Width 128, feed-forward 1,024 with ReLU, 6 heads of 64, 4 layers in the encoder and 4 in the decoder, dropout 0.1,
+    32 buckets of relative positions, head tied to the embedding, which starts at a standard deviation of 1 as T5's
+    does. The decoder starts from the padding token. Unlike the authors, who keep the 32,100 tokens of t5-small though
+    no prompt has text in it, the text tokens are those of a small tokenizer trained on the titles: the softmax over
+    the whole vocabulary is that much smaller.
+
+    Args:
+        texts: What the SentencePiece model (BPE with byte fallback) is trained on, such as the titles of a catalogue.
+        folder: Written whole or not at all; replaced where it exists.
+        vocabulary_size: Upper bound; fewer pieces are made of few texts.
+        max_length: Longest prompt that the text tokenizer says it takes, in tokens; the model itself has no bound.
+        seed: Seeds the weights.
+
+    Raises:
+        DataError: There is no text to train on.
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    def make(text_tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=len(text_tokenizer),
+                d_model=128,
+                d_kv=64,
+                d_ff=1024,
+                num_heads=6,
+                num_layers=4,
+                num_decoder_layers=4,
+                dropout_rate=0.1,
+                feed_forward_proj="relu",
+                relative_attention_num_buckets=32,
+                **_special_tokens(text_tokenizer),
+                **{"decoder_start_token_id": text_tokenizer.pad_token_id},  # mypy: not a field of T5Config
+            )
+        )
+
+    _write(folder, texts, make, vocabulary_size=vocabulary_size, max_length=max_length, start_token=False, seed=seed)
+
+
+_BUILDERS: dict[str, Callable[..., None]] = {TINY_LLAMA: build_tiny_llama, LETTER_TIGER: build_letter_tiger}
+
+
+def _special_tokens(text_tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    return {name: getattr(text_tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _write(
+    folder: str | Path,
+    texts: Iterable[str],
+    make: "Callable[[PreTrainedTokenizerBase], PreTrainedModel]",
+    *,
+    vocabulary_size: int,
+    max_length: int,
+    start_token: bool,
+    seed: int,
+) -> None:
+    """Trains the text tokenizer, makes the model for it under the seed, and writes both."""
     lines = [line for line in texts if line.strip()]
     if not lines:
         raise DataError("no text to train a SentencePiece model on: the catalogue has no titles")
     with atomic_folder(folder) as temporary:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_prefix=str(temporary / "tokenizer"),
-            model_type="bpe",
-            vocab_size=vocabulary_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=1.0,
-            pad_id=3,
-            num_threads=1,  # several threads make the pieces depend on their timing
-            minloglevel=2,
-        )
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "model_max_length": max_length}
-        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-        write_json(temporary / "tokenizer_config.json", {**settings, **special})
-        text_tokenizer = AutoTokenizer.from_pretrained(temporary)
-        text_tokenizer.save_pretrained(temporary)
-        (temporary / "tokenizer.vocab").unlink()
+        text_tokenizer = _train_text_tokenizer(lines, temporary, vocabulary_size, max_length, start_token)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=len(text_tokenizer),
-                    hidden_size=hidden_size,
-                    intermediate_size=2 * hidden_size,
-                    num_hidden_layers=num_layers,
-                    num_attention_heads=hidden_size // 32,
-                    max_position_embeddings=max_length,
-                    tie_word_embeddings=True,
-                    bos_token_id=1,
-                    eos_token_id=2,
-                    pad_token_id=3,
-                )
-            )
+            model = make(text_tokenizer)
         model.save_pretrained(temporary)
+
+
+def _train_text_tokenizer(
+    lines: list[str], folder: Path, vocabulary_size: int, max_length: int, start_token: bool
+) -> "PreTrainedTokenizerBase":
+    """Writes a text tokenizer of at most so many pieces: `<unk>`, `<s>`, `</s>`, `<pad>`, bytes and parts of words."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocabulary_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        pad_id=3,
+        num_threads=1,  # several threads make the pieces depend on their timing
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": start_token, "model_max_length": max_length}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    write_json(folder / "tokenizer_config.json", {**settings, **special})
+    text_tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    text_tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.vocab").unlink()
+    return text_tokenizer

@@ -84,12 +84,14 @@ def make_trainer(
     lora_dropout: float = 0.0,
     form: str = "history",
     evaluation: bool = False,
+    attn_implementation: str | None = None,
+    samples: Any = None,
     callbacks: list[Any] | None = None,
     **settings: Any,
 ) -> Any:
     """A RankingTrainer on the small catalogue: 16 samples in the history form, plain SGD, a log line a step.
 
-    With `evaluation` each user's last item is kept for the validation loss, and not trained on.
+    `samples` makes other samples of these. With `evaluation` each user's last item is kept for the validation loss, and not trained on.
     """
     from peft import LoraConfig
 
@@ -112,25 +114,27 @@ def make_trainer(
         "save_strategy": "no",
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
+        "packing": False,
         "seed": 1,
     }
     # Processes must be known before a model is made: TrainingArguments starts them.
     args = RecFinetuneConfig(output_dir=str(output_dir), **{**defaults, **settings})
     tokenizer, semantic_ids, dataset = make_text_tokenizer(), make_semantic_ids(), make_dataset()
     vocabulary = CodeVocabulary.add_to(tokenizer, semantic_ids.codebook_sizes)
-    model: Any = make_tiny_model(family, tied=tied)
+    model: Any = make_tiny_model(family, tied=tied, attn_implementation=attn_implementation)
     add_code_rows(model, vocabulary, seed=2)
     if lora:
         config = LoraConfig(r=4, lora_dropout=lora_dropout, target_modules="all-linear", init_lora_weights=False)
         model = add_lora(model, config, seed=3)
     task = NextItemTask(tokenizer, vocabulary, semantic_ids, template="Items chosen : {history}", max_history=8)
     splits = leave_one_out(dataset) if evaluation else None
+    train_samples = training_samples(task, splits.train if splits else dataset, form=form)
     return RankingTrainer(
         model,
         args,
         vocabulary=vocabulary,
         text_tokenizer=tokenizer,
-        train_dataset=training_samples(task, splits.train if splits else dataset, form=form),
+        train_dataset=train_samples if samples is None else samples(train_samples),
         eval_dataset=evaluation_samples(task, splits.test) if splits else None,
         trie=ItemTrie.from_semantic_ids(semantic_ids),
         callbacks=callbacks,

@@ -6,7 +6,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from llmrec.adapter import add_lora, load_adapter, load_adapter_weights, merge_adapter, save_adapter
+from llmrec.adapter import (
+    add_lora,
+    freeze_base,
+    is_adapter,
+    load_adapter,
+    load_adapter_weights,
+    merge_adapter,
+    merge_quantized,
+    parameter_names,
+    read_adapter_weights,
+    save_adapter,
+)
 from llmrec.errors import DataError, MissingPartError, SettingsError
 from llmrec.vocabulary import CodeVocabulary, add_code_rows, code_row_parameters, has_code_rows
 
@@ -41,6 +52,29 @@ def test_the_seed_alone_fixes_the_initial_weights(tiny_model):
     first = initial_weights(seed=5, global_seed=1)
     assert torch.equal(first, initial_weights(seed=5, global_seed=2))
     assert not torch.equal(first, initial_weights(seed=6, global_seed=1))
+
+
+def with_rows_alone(base, *, seed=1):
+    """Random rows on a copy of `base`, which is frozen."""
+    model = copy.deepcopy(base)
+    add_code_rows(model, VOCABULARY, seed=seed)
+    freeze_base(model)
+    return model.eval()
+
+
+def resized(base):
+    """A copy of `base` whose own matrices have rows, of random values, for the code tokens."""
+    model = copy.deepcopy(base)
+    model.resize_token_embeddings(max(base.get_input_embeddings().weight.shape[0], 26), mean_resizing=False)
+    return model
+
+
+VARIANTS = {
+    "lora": lambda base: with_adapter(base, target_modules="all-linear"),
+    "rsLoRA": lambda base: with_adapter(base, use_rslora=True, lora_alpha=7),
+    "DoRA": lambda base: with_adapter(base, target_modules="all-linear", use_dora=True),
+    "rows": with_rows_alone,
+}
 
 
 def expected_keys(tied):
@@ -144,6 +178,90 @@ def test_plain_peft_on_a_resized_base_gives_equal_logits(tiny_model, tied, vocab
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_variant_gives_equal_logits_in_either_order(tiny_model, tied, variant, tmp_path):
+    """On the base as it is, on one that was resized before, and by plain PEFT on the resized one."""
+    base = tiny_model(tied=tied, vocab_size=21)
+    model = VARIANTS[variant](base)
+    assert is_adapter(model)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(model))
+    assert torch.equal(logits(load_adapter(resized(base), tmp_path)), logits(model))
+    plain = PeftModel.from_pretrained(resized(base), tmp_path).eval()
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(plain.merge_and_unload()), logits(model), atol=1e-4, rtol=1e-4)
+
+    other = VARIANTS[variant](tiny_model(tied=tied, vocab_size=21))
+    with torch.no_grad():
+        for name in parameter_names(other).values():
+            other.get_parameter(name).zero_()
+    load_adapter_weights(other, tmp_path)  # into a model that has an adapter already, as a resumed run does
+    assert torch.equal(logits(other), logits(model))
+
+
+# Rows alone
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_alone_are_an_adapter_of_trainable_tokens(tiny_model, tied, tmp_path):
+    base = tiny_model(tied=tied)
+    model = with_rows_alone(base)
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    modules = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    key = "base_model.model.model.embed_tokens.trainable_tokens_delta"
+    assert set(tensors) == {key} | (set() if tied else {"base_model.model.lm_head.trainable_tokens_delta"})
+    assert torch.equal(tensors[key], model.get_input_embeddings().new_rows)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "TRAINABLE_TOKENS"
+    assert settings["token_indices"] == list(range(16, 26))
+    assert settings["target_modules"] == modules
+
+    loaded = load_adapter(copy.deepcopy(base), tmp_path)
+    assert is_adapter(loaded)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    trainable = load_adapter(copy.deepcopy(base), tmp_path, is_trainable=True)
+    trained = {name for name, parameter in trainable.named_parameters() if parameter.requires_grad}
+    assert trained == {"model.embed_tokens.new_rows"} | (set() if tied else {"lm_head.new_rows"})
+    assert read_adapter_weights(trainable, tmp_path).keys() == trained
+
+
+def test_a_model_that_is_trained_whole_is_no_adapter(tiny_model, tmp_path):
+    """Its base has changed: rows alone, on the base as it was, would be another model."""
+    model = tiny_model()
+    with pytest.raises(SettingsError, match="add code rows before freezing"):
+        freeze_base(model)
+    add_code_rows(model, VOCABULARY)
+    assert not is_adapter(model)
+    with pytest.raises(SettingsError, match="trained whole: there is no adapter"):
+        save_adapter(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SettingsError, match="has LoRA layers"):
+        freeze_base(with_adapter(tiny_model()))
+
+
+def test_a_recommender_of_rows_alone_saves_them_and_no_more(tmp_path):
+    import tiny
+
+    from llmrec.recommender import Recommender
+
+    recommender = tiny.recommender(tmp_path, kind="rows")
+    freeze_base(recommender.model)
+    recommender.save_pretrained(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    loaded = Recommender.from_pretrained(tmp_path / "saved")
+    assert loaded.is_adapter
+    history = tiny.histories(0, [4])[0]
+    expected = [item.item_id for item in recommender.recommend(history, k=5)]
+    assert [item.item_id for item in loaded.recommend(history, k=5)] == expected
+    merged = loaded.merge()
+    assert not merged.is_adapter
+    assert [item.item_id for item in merged.recommend(history, k=5)] == expected
+
+
 # Files that don't fit
 
 
@@ -222,3 +340,57 @@ def test_merging_into_a_quantised_base_is_refused(tiny_model):
     with pytest.raises(SettingsError, match="bfloat16 or float32"):
         merge_adapter(model)
     assert has_code_rows(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merge_of_rows_alone(tiny_model, tied):
+    model = with_rows_alone(tiny_model("qwen2", tied=tied, vocab_size=21))
+    before = logits(model)
+    merged = merge_adapter(model)
+    assert not has_code_rows(merged)
+    assert not is_adapter(merged)
+    torch.testing.assert_close(logits(merged), before, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rows"])
+def test_merging_a_4_bit_run_takes_the_base_in_full(tiny_model, variant, tmp_path, caplog):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = tiny_model(tied=True, hidden_size=64, intermediate_size=128)
+    base.save_pretrained(tmp_path / "base")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    save_adapter(VARIANTS[variant](base), tmp_path)
+    run = load_adapter(quantized, tmp_path)
+    expected = logits(load_adapter(copy.deepcopy(base), tmp_path))
+    difference = (logits(run) - expected).abs().max()
+    assert difference > 1e-2  # 4 bits are another model
+    with caplog.at_level("INFO"):
+        merged = merge_quantized(run, copy.deepcopy(base), INPUT_IDS)
+    assert not has_code_rows(merged)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    assert f"logits differ from those on the quantised base by {difference:.3g} at most" in caplog.text
+    assert has_code_rows(run)
+    with pytest.raises(SettingsError, match="without quantisation"):
+        merge_quantized(run, run, INPUT_IDS)
+
+
+def test_a_recommender_of_a_4_bit_run_merges_into_its_base(tmp_path, caplog):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    import tiny
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    recommender = tiny.recommender(tmp_path, hidden_size=64)
+    recommender.save_pretrained(tmp_path / "saved")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    expected = recommender.merge()
+    recommender.model = load_adapter(quantized, tmp_path / "saved")
+    with caplog.at_level("INFO"):
+        merged = recommender.merge()
+    assert "merging into the base in float32: logits differ" in caplog.text
+    input_ids = torch.arange(30)[None] % 20
+    torch.testing.assert_close(
+        merged.model(input_ids=input_ids).logits, expected.model(input_ids=input_ids).logits, atol=1e-4, rtol=1e-4
+    )

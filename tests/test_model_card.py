@@ -95,3 +95,14 @@ def test_the_python_of_the_card_runs(tmp_path, monkeypatch):
     names = {}
     exec(code.replace("model.recommend", "answer = model.recommend"), names)
     assert len(names["answer"]) == 10
+    assert "search" not in code
+
+
+def test_the_card_of_a_recommender_that_searches_says_how(tmp_path, monkeypatch):
+    recommender = tiny.recommender(tmp_path, search_template="Next item : {query}")
+    recommender.save_pretrained(tmp_path / "<folder>")
+    monkeypatch.chdir(tmp_path)
+    code = (tmp_path / "<folder>" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("model.search", "answer = model.search"), names)
+    assert len(names["answer"]) == 10

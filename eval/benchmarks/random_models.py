@@ -59,6 +59,20 @@ SHAPES = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama-7b": Shape(
+        "llama",
+        32_000,
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 4096,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+        },
+    ),
     "tiny": Shape(  # to try a script, not to measure
         "qwen3",
         300,

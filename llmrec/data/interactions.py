@@ -23,6 +23,7 @@ from llmrec.data.building import WithoutMetadata, build_interactions
 from llmrec.data.filters import gather_users, k_core_masks, repeats_mask
 from llmrec.data.item_order import ItemIndex
 from llmrec.data.summary import DatasetSummary, summarize
+from llmrec.data.user_columns import HISTORY_COLUMNS, align_users
 from llmrec.errors import DataError, MissingPartError
 from llmrec.files import atomic_folder, check_format, read_json, write_json
 
@@ -41,7 +42,8 @@ class InteractionDataset:
         items: One row an item: string column "item_id", further columns are attributes ("title", ...). An item's row
             is its number.
         histories: One row a user: "user_id" (string), "items" (list of int32 rows of the catalogue, oldest first) and,
-            where times are known, "timestamps" (list of int64, seconds since 1970-01-01 UTC).
+            where times are known, "timestamps" (list of int64, seconds since 1970-01-01 UTC). Further columns are
+            attributes of the users.
         name: Name of the data set.
         drops: Reason to number of rows that were dropped on the way here.
 
@@ -139,18 +141,26 @@ class InteractionDataset:
         lengths = pc.list_value_length(_column(self.histories, "items")).to_numpy()
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
+    @property
+    def user_columns(self) -> tuple[str, ...]:
+        """Names of the attributes of users."""
+        return tuple(name for name in self.histories.column_names if name not in HISTORY_COLUMNS)
+
     def history(self, user: int) -> np.ndarray:
         """Catalogue rows of one user, int32, oldest first; `user` is a row of `histories`."""
         return self.flat_items[self.offsets[user] : self.offsets[user + 1]]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content (items with all attributes, users, histories, times), the same after save and load."""
+        """Hash of the content (items, users, their attributes, histories, times), the same after save and load."""
         digest = hashlib.sha256()
         for column in sorted(self.items.column_names):
             values = _column(self.items, column).to_pylist()
             digest.update(json.dumps([column, values], ensure_ascii=False, default=str).encode())
         digest.update("\0".join(self.user_ids).encode())
+        for column in sorted(self.user_columns):
+            values = _column(self.histories, column).to_pylist()
+            digest.update(json.dumps([column, values], ensure_ascii=False, default=str).encode())
         for array in (self.offsets, self.flat_items, self.flat_timestamps):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:32]
@@ -210,7 +220,7 @@ class InteractionDataset:
                 fault, for instance held out.
         """
         flat_items = self.flat_items[interactions]
-        table, catalogue = _column(self.histories, "user_id"), self.items
+        table, catalogue = _table(self.histories.select_columns(["user_id", *self.user_columns])), self.items
         lengths = gather_users(interactions, self.offsets)
         if items is not None:
             flat_items = (np.cumsum(items) - 1)[flat_items]
@@ -226,6 +236,26 @@ class InteractionDataset:
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         histories = _histories(table, flat_items, times, offsets)
         return InteractionDataset(catalogue, histories, name=self.name, drops=drops)
+
+    def with_user_columns(self, users: Any, *, user_column: str = "user_id") -> "InteractionDataset":
+        """The same data set, with attributes of its users: a text of what each likes, for instance.
+
+        Args:
+            users: Table of users, see `user_columns.align_users`. Its columns but for the ID become attributes, in
+                the place of those of the same name. Users that the data set doesn't have are left out; those that the
+                table lacks get null.
+            user_column: Its column with the user ID.
+
+        Raises:
+            DataError: What `align_users` refuses.
+        """
+        attributes = align_users(users, self.user_ids, user_column=user_column)
+        histories = _table(self.histories)
+        replaced = [name for name in attributes.column_names if name in histories.column_names]
+        histories = histories.drop_columns(replaced) if replaced else histories
+        for name in attributes.column_names:
+            histories = histories.append_column(name, attributes[name])
+        return InteractionDataset(self.items, datasets.Dataset(histories), name=self.name, drops=self.drops)
 
     @classmethod
     def from_columns(
@@ -260,7 +290,8 @@ class InteractionDataset:
             items_without_metadata=items_without_metadata,
             source=source,
         )
-        histories = _histories(built.user_ids, built.flat_items, built.flat_timestamps, built.offsets)
+        users = pa.table({"user_id": built.user_ids})
+        histories = _histories(users, built.flat_items, built.flat_timestamps, built.offsets)
         return cls(datasets.Dataset(built.items), histories, name=name, drops=built.drops)
 
     @classmethod
@@ -356,10 +387,12 @@ def _flatten(dataset: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def _histories(
-    user_ids: Any, flat_items: np.ndarray, times: np.ndarray | None, offsets: np.ndarray
+    users: pa.Table, flat_items: np.ndarray, times: np.ndarray | None, offsets: np.ndarray
 ) -> datasets.Dataset:
     starts = pa.array(offsets, pa.int32())
-    columns = {"user_id": user_ids, "items": pa.ListArray.from_arrays(starts, pa.array(flat_items, pa.int32()))}
+    columns = {"user_id": users["user_id"]}
+    columns["items"] = pa.ListArray.from_arrays(starts, pa.array(flat_items, pa.int32()))
     if times is not None:
         columns["timestamps"] = pa.ListArray.from_arrays(starts, pa.array(times, pa.int64()))
-    return datasets.Dataset(pa.table(columns))
+    attributes = {name: users[name] for name in users.column_names if name != "user_id"}
+    return datasets.Dataset(pa.table(columns | attributes))

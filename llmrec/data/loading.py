@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmrec.data.formats.files import read_files
+from llmrec.data.formats.files import read_files, read_table
 from llmrec.data.formats.hub import read_hub
 from llmrec.data.formats.minionerec import is_minionerec
 from llmrec.data.interactions import InteractionDataset
@@ -22,15 +22,23 @@ def load_dataset_from(path_or_name: str | os.PathLike[str], **options: Any) -> I
             layout (X.inter.json) or the MiniOneRec layout (X.item.json and X.train.csv, X.valid.csv, X.test.csv); a
             file or a folder of .parquet files; "hub:<what datasets.load_dataset takes>".
         options: Passed on to what reads it: `synthetic_dataset`, `from_letter`, `from_minionerec`, `from_files`
-            (`items=` and the names of columns, for instance) or `from_hub`. A saved folder takes none.
+            (`items=` and the names of columns, for instance) or `from_hub`. A saved folder takes none. All take
+            `users=`: a file with one row a user, column "user_id", whose further columns become attributes of the
+            users (`InteractionDataset.with_user_columns`).
 
     Raises:
         MissingPartError: Nothing is there.
         SettingsError: An option that this reader doesn't have.
         DataError: What is there can't be read.
     """
-    text = os.fspath(path_or_name)
-    options = {name: value for name, value in options.items() if value is not None}
+    users = options.pop("users", None)
+    dataset = _load(os.fspath(path_or_name), {name: value for name, value in options.items() if value is not None})
+    if users is None:
+        return dataset
+    return dataset.with_user_columns(read_table(users, None, ["user_id"], ["user_id"]))
+
+
+def _load(text: str, options: dict[str, Any]) -> InteractionDataset:
     if text == "synthetic":
         return synthetic_dataset(**_checked(options, synthetic_dataset, text))
     if text.startswith("hub:"):

@@ -24,6 +24,7 @@ from llmrec.generation.prompt_tree import prompt_tree
 from llmrec.generation.selection import Candidates, Diversity, Sampling, Selection, selection
 from llmrec.generation.tree_models import why_no_tree
 from llmrec.generation.trie import Children, ItemTrie
+from llmrec.processes import device_of
 from llmrec.vocabulary import CodeVocabulary
 
 logger = logging.getLogger(__name__)
@@ -133,8 +134,8 @@ def pack_for(model: Any, prompts: Sequence[Sequence[int]]) -> PackedPrompts:
     """Prompts in rows, on the model's device."""
     # A layer has about 12 D^2 weights, and attention takes 2 D products for each pair of tokens: as much as the
     # weights in a row of 6 D tokens.
-    hidden_size = model.get_input_embeddings().weight.shape[1]
-    return pack_prompts(prompts, attention_scale=6 * hidden_size).to(model.device)
+    hidden_size = model.get_input_embeddings().embedding_dim  # ZeRO-3 leaves an empty weight outside of forwards
+    return pack_prompts(prompts, attention_scale=6 * hidden_size).to(device_of(model))
 
 
 def search_tree(

@@ -125,7 +125,7 @@ class PromptTree:
         self._model = model
         self._head = head
         self._windows = layer_windows(model.config.get_text_config())
-        self._dtype = _compute_dtype(model)
+        self._dtype = _compute_dtype(model, prompts.device)
         self._over_vocabulary = scope == "vocabulary"
         self._head_normalises = self._over_vocabulary
         self._slots = _Slots(prompts, prompts.longest + num_slots)
@@ -248,9 +248,9 @@ def _additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _compute_dtype(model: nn.Module) -> torch.dtype:
+def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """The type of the queries: the autocast type where that is on, else the one of the embeddings."""
     embedding = cast(nn.Embedding, cast("PreTrainedModel", model).get_input_embeddings()).weight
-    if torch.is_autocast_enabled(embedding.device.type):
-        return torch.get_autocast_dtype(embedding.device.type)
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
     return embedding.dtype

@@ -15,6 +15,7 @@ from torch import nn
 from llmrec.generation.head import level_columns
 from llmrec.generation.packing import pack_prompts
 from llmrec.generation.prompt_tree import prompt_tree
+from llmrec.processes import device_of
 from llmrec.vocabulary import CodeVocabulary
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _difference(model: Any, vocabulary: CodeVocabulary) -> float:
     """Largest difference of a log-probability between a small tree and plain forwards over each of its paths."""
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, vocabulary.first_token_id, length).tolist() for length in (9, 5)]
-    sizes, device = vocabulary.codebook_sizes, model.device
+    sizes, device = vocabulary.codebook_sizes, device_of(model)
     # Two nodes a level, the second level's in the other order than their parents.
     levels = [
         ([0, size - 1], [0, 0] if level == 0 else [1, 0]) for level, size in enumerate(sizes[:2][: len(sizes) - 1])

@@ -91,6 +91,13 @@ class ItemTokenizer(ABC):
     def codebook_sizes(self) -> tuple[int, ...]:
         """Number of codes of each level, length L."""
 
+    def code_vectors(self) -> tuple[np.ndarray, ...]:
+        """Codebook of each level, float32 [K_l, d]: an item is quantised to the sum of its L code vectors.
+
+        Empty where codes have no vectors, as given ones.
+        """
+        return ()
+
     def fit(
         self,
         embeddings: ItemEmbeddings | Mapping[str, ItemEmbeddings],

@@ -147,6 +147,10 @@ class RQKMeansTokenizer(ItemTokenizer):
         """Number of codes of each level, length L."""
         return (self.config.codebook_size,) * self.config.num_codebooks
 
+    def code_vectors(self) -> tuple[np.ndarray, ...]:
+        """See `ItemTokenizer`."""
+        return tuple(codebook.numpy() for codebook in self.codebooks)
+
     @torch.no_grad()
     def _fit(
         self,
@@ -321,7 +325,7 @@ class RQKMeansTokenizer(ItemTokenizer):
         return processes.gather_array(np.concatenate(own)), self._geometry(vectors)
 
     def _geometry(self, vectors: ItemVectors) -> CodeGeometry:
-        return CodeGeometry(vectors.arrays["text"], tuple(codebook.numpy() for codebook in self.codebooks))
+        return CodeGeometry(vectors.arrays["text"], self.code_vectors())
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {"codebooks": torch.stack(self.codebooks)}

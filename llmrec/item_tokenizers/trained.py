@@ -52,6 +52,10 @@ class TrainedTokenizer(ItemTokenizer):
     def codebooks(self, module: Any) -> Sequence[torch.Tensor]:
         """Code vectors of each level, float [K_l, d]; the parameters themselves."""
 
+    def code_vectors(self) -> tuple[np.ndarray, ...]:
+        """See `ItemTokenizer`."""
+        return tuple(codebook.detach().numpy().copy() for codebook in self.codebooks(self._fitted_module()))
+
     def check(self, vectors: ItemVectors) -> None:
         """Called before a fit; raises `DataError` where these vectors can't be fitted."""
 
@@ -123,8 +127,7 @@ class TrainedTokenizer(ItemTokenizer):
             codes, latents = self._quantize_with(module, vectors, processes)
         finally:
             module.cpu()
-        codebooks = tuple(codebook.detach().numpy().copy() for codebook in self.codebooks(module))
-        return codes, CodeGeometry(latents, codebooks)
+        return codes, CodeGeometry(latents, self.code_vectors())
 
     @torch.no_grad()
     def _quantize_with(

@@ -22,6 +22,7 @@ from torch import nn
 from llmrec.data.histories.plan import HistoryPlan
 from llmrec.errors import DataError, SettingsError
 from llmrec.files import check_format, read_json, write_json
+from llmrec.processes import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -191,13 +192,7 @@ def check_not_sharded(recommender: Any) -> None:
     model = _model_of(recommender)
     if model is None:
         return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    for parameter in model.parameters():
-        sharded |= isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")  # `ds_id`: DeepSpeed's ZeRO-3
-    if sharded:
+    if is_sharded(model):
         raise SettingsError(
             "the model is sharded over processes (ZeRO-3, FSDP or tensor parallel), but each process answers users of"
             " its own: load the whole recommender in every process, with Recommender.from_pretrained(..., device=...)"

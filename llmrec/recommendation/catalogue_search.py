@@ -13,9 +13,10 @@ import numpy as np
 from torch import nn
 
 from llmrec.data.recommendation import Recommendation
-from llmrec.errors import DataError
+from llmrec.errors import DataError, SettingsError
 from llmrec.generation.beam_search import beam_search, check_scope
 from llmrec.generation.scoring import score_leaves
+from llmrec.processes import device_of, is_sharded
 from llmrec.recommendation.catalogue import Catalogue
 from llmrec.recommendation.item_filters import ItemFilters
 from llmrec.recommendation.request_batches import in_batches
@@ -81,7 +82,7 @@ class CatalogueSearch:
                 found = beam_search(
                     self.model,
                     [self.prompts[request] for request in batch],
-                    self.catalogue.trie_on(self.model.device),
+                    self.catalogue.trie_on(device_of(self.model)),
                     self.vocabulary,
                     num_beams=settings.width(self.catalogue.trie.num_leaves),
                     scope=self.scope,
@@ -96,8 +97,14 @@ class CatalogueSearch:
                 answers.append(settings.choose(items, seeds[request]))
             return answers
 
-        lengths = [len(prompt) for prompt in self.prompts]
-        return in_batches(answer, lengths, batch_size=batch_size, description="recommend", progress=progress)
+        return in_batches(
+            answer,
+            [len(prompt) for prompt in self.prompts],
+            batch_size=batch_size,
+            description="recommend",
+            progress=progress,
+            together=is_sharded(self.model),
+        )
 
     def score(self, rows: Sequence[np.ndarray], *, batch_size: int, progress: bool | None) -> list[list[float]]:
         """The score of each of the given items.
@@ -109,8 +116,14 @@ class CatalogueSearch:
 
         Raises:
             DataError: The model computes NaN.
-            SettingsError: A single request doesn't fit into memory.
+            SettingsError: A single request doesn't fit into memory, or the model is sharded over processes: the number
+                of forwards depends on the items asked for.
         """
+        if is_sharded(self.model):
+            raise SettingsError(
+                "the model is sharded over processes (ZeRO-3, FSDP or tensor parallel), which scores can't be computed"
+                " with: load the whole recommender, with Recommender.from_pretrained(..., device=...)"
+            )
         leaf_of_item = self.catalogue.trie.leaf_of_item.numpy()
 
         def answer(batch: list[int]) -> list[list[float]]:
@@ -123,7 +136,7 @@ class CatalogueSearch:
                         leaf_of_item[rows[request][of_request]]
                         for request, of_request in zip(batch, known, strict=True)
                     ],
-                    self.catalogue.trie_on(self.model.device),
+                    self.catalogue.trie_on(device_of(self.model)),
                     self.vocabulary,
                     scope=self.scope,
                 )

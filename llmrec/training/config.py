@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from llmrec.errors import SettingsError
+from llmrec.tasks.batch_plan import ORDERS
 
 SCOPES = ("vocabulary", "codes", "trie")
 
@@ -15,7 +16,7 @@ class RecFinetuneConfig(TrainingArguments):
     """`transformers.TrainingArguments`, with what the ranking-guided loss and the code rows add.
 
     Where a default differs from TrainingArguments' own: `use_cpu` is true where there is no CUDA device, which is
-    right for one process, DDP and DeepSpeed alike; samples of like length share a batch; logging goes to no tracker
+    right for one process, DDP and DeepSpeed alike; samples are packed into full rows; logging goes to no tracker
     unless one is named; the predictions of an evaluation are never gathered, only their losses.
     """
 
@@ -42,11 +43,26 @@ class RecFinetuneConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "New rows start at the mean of the base rows plus noise of their deviation times this."},
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "A row of a batch is several samples one after the other, which don't see each other; without, it"
+            " is one sample and padding."
+        },
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a packed row; 512 by default, or the longest sample where that is longer. The"
+            " batch sizes count rows, so a step reads rows times this many tokens."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": "Order of training samples. 'group_by_length' wastes least on padding.",
-            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+            "help": "Order of training samples. 'group_by_length' wastes least on padding; packed rows are full in"
+            " any order.",
+            "choices": list(ORDERS),
         },
     )
     use_cpu: bool = field(
@@ -70,8 +86,15 @@ class RecFinetuneConfig(TrainingArguments):
             raise SettingsError(f"loss_scope is {self.loss_scope!r}; choose one of {SCOPES}")
         if self.code_learning_rate_factor <= 0:
             raise SettingsError(f"code_learning_rate_factor is {self.code_learning_rate_factor}; it must be above 0")
+        if self.row_length is not None and self.row_length < 1:
+            raise SettingsError(f"row_length is {self.row_length}; a row holds at least one token")
+        if self.train_sampling_strategy not in ORDERS:
+            raise SettingsError(f"train_sampling_strategy is {self.train_sampling_strategy!r}; choose one of {ORDERS}")
         if self.code_init_scale < 0:
             raise SettingsError(f"code_init_scale is {self.code_init_scale}; it must not be negative")
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers takes everything but a "loss" for better when it is greater, the perplexity as well
+            self.greater_is_better = "@" in self.metric_for_best_model
         super().__post_init__()
         if self.label_smoothing_factor:
             raise SettingsError(

@@ -14,30 +14,37 @@ over, its *scope*, has a name:
   decoding chooses among, so no probability is spent on codes that can't be generated. Ours, not the paper's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100
+from llmrec.generation.trie import ItemTrie
+from llmrec.tasks.base import IGNORED
 
 
-def target_positions(labels: Tensor) -> Tensor:
-    """Positions whose next token is a target.
+def target_positions(labels: Tensor, *, encoder_decoder: bool = False) -> Tensor:
+    """Positions whose output predicts a target.
 
     Args:
         labels: int64 [B, T], not shifted, -100 where nothing is learned.
+        encoder_decoder: Whether the decoder reads the targets one place later, so that position t predicts label t. In
+            a decoder-only model it predicts label t + 1.
 
     Returns:
-        bool [B, T]; the last position of a row predicts nothing and is False.
+        bool [B, T]; the last position of a row of a decoder-only model predicts nothing and is False.
     """
+    if encoder_decoder:
+        return labels != IGNORED
     positions = torch.zeros_like(labels, dtype=torch.bool)
     positions[:, :-1] = labels[:, 1:] != IGNORED
     return positions
 
 
-def target_tokens(labels: Tensor) -> Tensor:
+def target_tokens(labels: Tensor, *, encoder_decoder: bool = False) -> Tensor:
     """Tokens to be predicted at `target_positions(labels)`, row by row: int64 [number of targets]."""
-    shifted = labels[:, 1:]
+    shifted = labels if encoder_decoder else labels[:, 1:]
     return shifted[shifted != IGNORED]
 
 
@@ -57,20 +64,31 @@ def ranking_guided_loss(
     Returns:
         float32 [M], in nats.
     """
-    scaled = logits.float() / temperature
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
     if allowed is not None:
         scaled = scaled.masked_fill(~allowed, float("-inf"))
     return F.cross_entropy(scaled, targets, reduction="none")
 
 
-def same_level(targets: Tensor, level_of_code: Tensor) -> Tensor:
-    """The columns of the scope `codes`.
+def code_losses(
+    logits: Sequence[Tensor], codes: Tensor, *, temperature: float = 1.0, trie: ItemTrie | None = None
+) -> Tensor:
+    """The ranking-guided loss of whole items in the scopes `codes` and `trie`.
 
     Args:
-        targets: int64 [M], rows of code tokens (token ID minus the first code ID).
-        level_of_code: int64 [n], level of each of the n code tokens.
+        logits: Of each of the L levels, [items, K of that level].
+        codes: int64 [items, L], the targets.
+        temperature: tau > 0.
+        trie: The items, on the device of the logits, for the scope `trie`; None for the scope `codes`.
 
     Returns:
-        bool [M, n]: the codes of each target's own level.
+        float32 [items, L], in nats.
     """
-    return level_of_code[targets].unsqueeze(1) == level_of_code.unsqueeze(0)
+    nodes = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+    losses = []
+    for level, (of_level, targets) in enumerate(zip(logits, codes.unbind(dim=1), strict=True)):
+        allowed = None if trie is None else trie.allowed_codes(level, nodes)
+        losses.append(ranking_guided_loss(of_level, targets, temperature=temperature, allowed=allowed))
+        if trie is not None:
+            nodes, _ = trie.child(level, nodes, targets)
+    return torch.stack(losses, dim=1)

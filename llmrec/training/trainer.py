@@ -1,73 +1,60 @@
-"""The one trainer: transformers' own, with the ranking-guided loss and code rows that survive saving and resuming.
+"""The one trainer: transformers' own, with the ranking-guided loss, planned batches, and code rows that survive.
 
 It adds nothing to the loop. The loss is handed over as `compute_loss_func`, so that the Trainer's own bookkeeping
 (division by the number of targets of the global batch, the factor for several processes) stays in force;
-`compute_loss` is wrapped only to tell the head which positions to read.
+`compute_loss` is wrapped only to tell the head which positions to read. Which samples share a step is planned for the
+global batch (`llmrec.tasks.batch_plan`); what a checkpoint holds is in `llmrec.training.checkpoints`.
 """
 
+import dataclasses
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from llmrec.adapter import load_adapter_weights, save_adapter
 from llmrec.errors import SettingsError
 from llmrec.generation.trie import ItemTrie
-from llmrec.tasks.collator import SampleCollator
+from llmrec.tasks.base import TaskSamples
+from llmrec.tasks.batch_plan import BatchPlan, PlannedOrder, PlannedRows, epochs_of
+from llmrec.tasks.collator import RowCollator
+from llmrec.training.checkpoints import CheckpointMixin
 from llmrec.training.config import RecFinetuneConfig
-from llmrec.training.losses import ranking_guided_loss, same_level, target_positions, target_tokens
-from llmrec.vocabulary import CodeVocabulary, code_row_parameters, has_code_rows, head_mode
+from llmrec.training.gathering import keep_sums_in_float32
+from llmrec.training.losses import target_positions, target_tokens
+from llmrec.training.packing_check import why_no_packing
+from llmrec.training.target_losses import TargetLosses, hands_on_head_output
+from llmrec.vocabulary import CodeVocabulary, code_row_parameters, find_code_head, has_code_rows, head_mode
 
 logger = logging.getLogger(__name__)
 
 
-class _LengthGroupedEpochs(LengthGroupedSampler):
-    """The Trainer's grouping by length, in an order that depends on seed and epoch alone.
-
-    The Trainer's own sampler goes on drawing from one generator, so a run that is resumed after its first epoch would
-    see another order than one that was never stopped. The epoch is asked for, not told: accelerate's loader doesn't
-    hand it on when several processes resume within an epoch.
+class RankingTrainer(CheckpointMixin):
+    """Fine-tunes a language model with code rows to write the codes of items.
 
     Args:
-        batch_size: Samples of a step, of all processes together.
-        lengths: Number of tokens of each sample.
-        seed: Of the order.
-        epoch: Gives the number of the epoch that begins.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], *, seed: int, epoch: Callable[[], int]):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self._seed = seed
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self._seed + self._epoch())
-        return super().__iter__()
-
-
-class RankingTrainer(Trainer):
-    """Fine-tunes a causal LM with code rows to write the codes of items.
-
-    Args:
-        model: With code rows (`add_code_rows`), plain or with LoRA (`add_lora`).
+        model: With code rows (`add_code_rows`), plain or with LoRA (`add_lora`); decoder-only or encoder-decoder.
         args: Settings.
         vocabulary: Where the code tokens are.
-        trie: The catalogue's trie; needed by the loss scope `trie`.
+        text_tokenizer: Saved with each checkpoint; names the padding token.
         train_dataset: Samples of token IDs and labels (`llmrec.tasks`).
         eval_dataset: The same, for the validation loss.
-        text_tokenizer: Saved with each checkpoint; names the padding token.
+        trie: The catalogue's trie; needed by the loss scope `trie`.
+        item_metrics: Called by `evaluate` with the model as it is wrapped for the processes, on all of them; what it
+            returns ("ndcg@10") is logged as `eval_ndcg@10`. See `ItemMetrics`.
         callbacks: The Trainer's.
 
+    Attributes:
+        plan: The batches of the training; None without `train_dataset`.
+
     Raises:
-        SettingsError: The model has no code rows; scope `trie` without a trie.
+        SettingsError: The model has no code rows; scope `trie` without a trie; a model that can't take packed rows.
     """
 
     args: RecFinetuneConfig
@@ -79,9 +66,10 @@ class RankingTrainer(Trainer):
         *,
         vocabulary: CodeVocabulary,
         text_tokenizer: PreTrainedTokenizerBase,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: TaskSamples | None = None,
+        eval_dataset: TaskSamples | None = None,
         trie: ItemTrie | None = None,
+        item_metrics: Callable[[nn.Module], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         if not has_code_rows(model):
@@ -90,78 +78,150 @@ class RankingTrainer(Trainer):
             raise SettingsError("loss_scope 'trie' needs the trie of the catalogue: pass trie=")
         self.vocabulary = vocabulary
         self.trie = trie
-        level_of_code = [level for level, size in enumerate(vocabulary.codebook_sizes) for _ in range(size)]
-        self._level_of_code = torch.tensor(level_of_code)
-        self._level_offsets = torch.from_numpy(vocabulary.level_offsets)
+        self.item_metrics = item_metrics
+        self.is_encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
+        self._loss_in_head = hands_on_head_output(model)
+        self.plan = None if train_dataset is None else self._make_plan(model, args, train_dataset)
+        if self.plan is not None and args.loss_scope != "vocabulary" and not self.plan.samples.has_text_targets:
+            _freeze_unread_head(model)
+        if args.ddp_find_unused_parameters is None:  # the Trainer's default looks for them with every LoRA
+            args.ddp_find_unused_parameters = self._may_leave_head_unread(model, args)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=None if self.plan is None else PlannedRows(self.plan),
             eval_dataset=eval_dataset,
             processing_class=text_tokenizer,
-            data_collator=SampleCollator(int(text_tokenizer.pad_token_id or 0)),
+            data_collator=RowCollator(
+                int(text_tokenizer.pad_token_id or 0),
+                packing=args.packing,
+                encoder_decoder=self.is_encoder_decoder,
+            ),
             compute_loss_func=self._batch_loss,
             callbacks=callbacks,
         )
-        self._level_of_code = self._level_of_code.to(self.args.device)
-        self._level_offsets = self._level_offsets.to(self.args.device)
+        keep_sums_in_float32(self.accelerator)
         if self.trie is not None:
             self.trie = self.trie.to(self.args.device)
+
+    def _may_leave_head_unread(self, model: nn.Module, args: RecFinetuneConfig) -> bool:
+        """Whether the base part of the head is trained, and read by the batches with text alone."""
+        has_text = self.plan is not None and self.plan.samples.has_text_targets
+        return has_text and args.loss_scope != "vocabulary" and find_code_head(model).weight.requires_grad
+
+    # Batches
+
+    def _make_plan(self, model: nn.Module, args: RecFinetuneConfig, samples: TaskSamples) -> BatchPlan:
+        reason = why_no_packing(model) if args.packing else None
+        if reason is not None:
+            raise SettingsError(f"packing is on, but {reason}; set packing to false")
+
+        def plan(num_epochs: int = 1) -> BatchPlan:
+            return BatchPlan(
+                samples,
+                rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                packing=args.packing,
+                row_length=args.row_length,
+                order=str(args.train_sampling_strategy),
+                num_epochs=num_epochs,
+            )
+
+        planned = plan(epochs_of(args.num_train_epochs, args.max_steps, plan))
+        self.resume_identity = {
+            "tasks": samples.name,
+            "samples": len(samples),
+            "targets": samples.num_targets,
+            "tokens": int(samples.lengths(0).sum()),
+            "rows_per_step": planned.rows_per_step,
+            "steps_per_epoch": planned.num_steps,
+            "seed": planned.seed,
+            "packing": planned.packing,
+            "row_length": planned.row_length if planned.packing else None,
+            "order": planned.order,
+        }
+        logger.info(
+            "%d samples with %d targets, %d steps an epoch; %.1f %% of the tokens read are real",
+            *(len(samples), samples.num_targets, planned.num_steps),
+            100 * planned.real_token_share(batch_size=args.train_batch_size),
+        )
+        return planned
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, PlannedRows):
+            return super()._get_train_sampler(train_dataset)
+        return PlannedOrder(rows, epoch=lambda: int(self.state.epoch or 0))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's, over samples in order of length, so that least is padded: no total depends on the order."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, TaskSamples):
+            dataset = Subset(dataset, np.argsort(-dataset.lengths(), kind="stable").tolist())
+        return super().get_eval_dataloader(dataset)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; beside the training loss stands the share of real tokens in the batches of the epoch."""
+        if "loss" in logs and self.plan is not None:
+            epoch = max(0, math.ceil(self.state.epoch or 0) - 1)
+            share = self.plan.real_token_share(epoch, batch_size=self.args.train_batch_size)
+            logs["real_token_share"] = round(share, 4)
+        super().log(logs, *args, **kwargs)
 
     # The loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own, with a head that reads target positions only (and code columns, but for `vocabulary`)."""
-        with head_mode(model, positions=target_positions(inputs["labels"]), codes_only=self._codes_only):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        """The Trainer's own, with a head that reads target positions only, and writes the sum of their losses."""
+        labels = inputs["labels"]
+        targets = target_tokens(labels, encoder_decoder=self.is_encoder_decoder)
+        inside = None
+        if self._loss_in_head:
+            inside = self._losses.sum_in_head(targets, only_codes=not self._may_hold_text)
+        with self._head_for(model, labels, compute=inside):
+            return super().compute_loss(model, self._model_inputs(inputs, labels), *args, **kwargs)
+
+    def _head_for(self, model: nn.Module, labels: Tensor, compute: Any = None) -> Any:
+        positions = target_positions(labels, encoder_decoder=self.is_encoder_decoder)
+        return head_mode(model, positions=positions, codes_only=self._codes_only(labels), compute=compute)
+
+    def _model_inputs(self, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+        """What the forward takes besides: no cache where rows are packed, the shifted targets for a decoder."""
+        inputs = dict(inputs)
+        if "position_ids" in inputs:
+            inputs["use_cache"] = False  # with a cache, or a mask, transformers wouldn't keep the samples apart
+        if self.is_encoder_decoder:
+            config = self._unwrapped.config
+            shifted = torch.full_like(labels, config.decoder_start_token_id)
+            shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] < 0, config.pad_token_id)
+            inputs["decoder_input_ids"] = shifted
+        return inputs
+
+    def _codes_only(self, labels: Tensor) -> bool:
+        """Whether the targets of a batch need the code columns alone."""
+        if self.args.loss_scope == "vocabulary":
+            return False
+        return not (self._may_hold_text and bool(self._losses.is_text(labels[labels >= 0]).any()))
 
     @property
-    def _codes_only(self) -> bool:
-        return self.args.loss_scope != "vocabulary"
+    def _may_hold_text(self) -> bool:
+        return self.plan is None or self.plan.samples.has_text_targets
+
+    @property
+    def _losses(self) -> TargetLosses:
+        return TargetLosses(self.vocabulary, self.args.loss_scope, self.trie, self.args.ranking_temperature)
 
     def _batch_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        losses = self._target_losses(outputs.logits, labels, self.args.ranking_temperature)
-        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+        if self._loss_in_head:
+            total = outputs.logits.sum()
+        else:
+            targets = target_tokens(labels, encoder_decoder=self.is_encoder_decoder)
+            total = self._losses.from_logits(outputs.logits, targets).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = target_positions(labels, encoder_decoder=self.is_encoder_decoder).sum()
+        # A step always has targets; a batch of one process may have none.
+        return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
-    def _target_losses(self, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        """Loss of each target, float32 [M]; `logits` are those of the target positions alone."""
-        targets, allowed = target_tokens(labels), None
-        if self._codes_only:
-            targets = targets - self.vocabulary.first_token_id
-            allowed = same_level(targets, self._level_of_code)
-        if self.args.loss_scope == "trie":
-            allowed = self._valid_in_trie(targets)
-        return ranking_guided_loss(logits, targets, temperature=temperature, allowed=allowed)
-
-    def _valid_in_trie(self, targets: Tensor) -> Tensor:
-        """The columns of the scope `trie`, bool [M, n]: codes that some item has after the target's codes before.
-
-        Every target is a whole item, so the targets are L tokens at a time.
-        """
-        trie = cast(ItemTrie, self.trie)
-        offsets = self._level_offsets
-        codes = targets.view(-1, trie.num_levels) - offsets  # [items, L]
-        allowed = torch.zeros(*codes.shape, self.vocabulary.num_tokens, dtype=torch.bool, device=targets.device)
-        nodes = torch.zeros(len(codes), dtype=torch.int64, device=targets.device)
-        for level in range(trie.num_levels):
-            children = trie.children(level, nodes)
-            # Padding repeats a valid child's code, so it is added up, never written over.
-            counts = torch.zeros_like(allowed[:, level], dtype=torch.int8)
-            counts.scatter_add_(1, children.codes + offsets[level], children.valid.to(torch.int8))
-            allowed[:, level] = counts > 0
-            nodes, _ = trie.child(level, nodes, codes[:, level])
-        return allowed.flatten(0, 1)
-
-    # The order of samples, and the optimiser
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = getattr(dataset, "lengths", None)
-        if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _LengthGroupedEpochs(batch, lengths, seed=seed, epoch=lambda: int(self.state.epoch or 0))
+    # The optimiser
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser; the code rows are a group of their own, with their learning rate, without decay."""
@@ -175,6 +235,8 @@ class RankingTrainer(Trainer):
             for group in optimizer.param_groups:
                 moved += [parameter for parameter in group["params"] if id(parameter) in code_rows]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in code_rows]
+            # Under FSDP2 a group without parameters comes back from a checkpoint without its settings.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             learning_rate = self.args.learning_rate * self.args.code_learning_rate_factor
             optimizer.add_param_group({"params": moved, "lr": learning_rate, "weight_decay": 0.0})
         return cast(torch.optim.Optimizer, self.optimizer)
@@ -193,7 +255,8 @@ class RankingTrainer(Trainer):
         fall into batches.
 
         Returns:
-            `eval_loss` at the training temperature, `eval_perplexity` at temperature 1, both in the training scope.
+            `eval_loss` at the training temperature, `eval_perplexity` at temperature 1, both in the training scope;
+            then what `item_metrics` gives.
         """
         if isinstance(eval_dataset, Mapping):
             raise SettingsError("evaluate takes one data set; call it once for each, with a metric_key_prefix")
@@ -204,6 +267,9 @@ class RankingTrainer(Trainer):
             totals += self.accelerator.gather_for_metrics(self._sample_sums(model, batch)).double().sum(dim=0).cpu()
         loss, plain_loss = (totals[:2] / totals[2]).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(plain_loss, 80))}
+        if self.item_metrics is not None:
+            found = self.item_metrics(model)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -221,54 +287,27 @@ class RankingTrainer(Trainer):
         """float32 [B, 3]: of each sample the loss at tau, the loss at temperature 1, and the number of targets."""
         batch = dict(self._prepare_inputs(batch))
         labels = batch.pop("labels")
-        positions = target_positions(labels)
-        with head_mode(model, positions=positions, codes_only=self._codes_only), self.compute_loss_context_manager():
-            logits = model(**batch).logits
-        plain = self._target_losses(logits, labels, 1.0)
+        with self._head_for(model, labels), self.compute_loss_context_manager():
+            logits = model(**self._model_inputs(batch, labels)).logits
+        targets = target_tokens(labels, encoder_decoder=self.is_encoder_decoder)
+        plain = dataclasses.replace(self._losses, temperature=1.0).from_logits(logits, targets)
         tau = self.args.ranking_temperature
-        losses = plain if tau == 1.0 else self._target_losses(logits, labels, tau)
-        rows = positions.nonzero()[:, 0]
+        losses = plain if tau == 1.0 else self._losses.from_logits(logits, targets)
+        rows = target_positions(labels, encoder_decoder=self.is_encoder_decoder).nonzero()[:, 0]
         sums = torch.zeros(len(labels), 3, device=labels.device)
         return sums.index_add_(0, rows, torch.stack([losses, plain, torch.ones_like(plain)], dim=1))
 
-    # Saving and loading: the Trainer would leave the rows out, and write the whole embedding instead
 
-    @property
-    def _is_adapter(self) -> bool:
-        from peft import PeftModel
+def _freeze_unread_head(model: nn.Module) -> None:
+    """The base part of an untied head is not read where all targets are codes: nothing would ever give it a gradient.
 
-        return isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PeftModel)
-
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self._is_adapter:
-            super()._save(output_dir, state_dict)
-            return
-        if not self.args.should_save:
-            return
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        save_adapter(self._unwrapped, folder, state_dict=state_dict)
-        cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(folder)
-
-    @property
-    def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_adapter and not self._is_sharded:
-            logger.info("loading LoRA and code rows from %s", resume_from_checkpoint)
-            load_adapter_weights(self._unwrapped, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._is_adapter and not self._is_sharded:
-            best = self.state.best_model_checkpoint
-            logger.info("loading the best model, of %s (%s)", best, self.state.best_metric)
-            load_adapter_weights(self._unwrapped, str(best))
-        else:
-            super()._load_best_model()
+    Several processes wait for the gradient of every parameter that is trained.
+    """
+    head = find_code_head(model)
+    embedding = cast(Any, model).get_input_embeddings()
+    if head.weight is embedding.weight or not head.weight.requires_grad:
+        return
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    logger.info("the head's rows of text tokens stay as they are: no target is text")

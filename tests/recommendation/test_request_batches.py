@@ -1,9 +1,11 @@
 import logging
 
+import numpy as np
 import pytest
 import torch
 
 from llmrec.errors import SettingsError
+from llmrec.recommendation import request_batches
 from llmrec.recommendation.request_batches import in_batches
 
 
@@ -72,3 +74,33 @@ def test_other_errors_pass_through():
         run(Machine(most=0, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied")), [1, 2])
     with pytest.raises(SettingsError, match="batch_size is 0"):
         run(Machine(most=1), [1], batch_size=0)
+
+
+class OtherProcess:
+    """Stands for all processes; another one makes so many batches."""
+
+    def __init__(self, num_batches):
+        self.num_batches = num_batches
+
+    def launched(self):
+        return self
+
+    def gather_array(self, array):
+        return np.concatenate([array, [self.num_batches]])
+
+
+@pytest.mark.parametrize(("of_another", "fillers"), [(5, 3), (2, 0), (1, 0)])
+def test_processes_that_share_a_model_make_equally_many_batches(monkeypatch, of_another, fillers):
+    monkeypatch.setattr(request_batches, "Processes", OtherProcess(of_another))
+    machine = Machine(most=2)
+    options = {"batch_size": 2, "description": "test", "progress": False}
+    assert in_batches(machine.answer, [4, 5, 6], **options, together=True) == ["answer 0", "answer 1", "answer 2"]
+    assert machine.sizes == [2, 1, *[1] * fillers]
+
+
+def test_no_process_makes_a_smaller_batch_on_its_own(monkeypatch):
+    monkeypatch.setattr(request_batches, "Processes", OtherProcess(1))
+    machine = Machine(most=2)
+    with pytest.raises(SettingsError, match=r"3 requests at once \(up to 6 tokens.*shared out.*smaller batch_size"):
+        in_batches(machine.answer, [4, 5, 6], batch_size=3, description="", progress=False, together=True)
+    assert machine.sizes == [3]

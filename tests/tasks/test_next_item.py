@@ -7,7 +7,13 @@ import torch
 from llmrec.data.splits import EvaluationSet
 from llmrec.errors import SettingsError
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
-from llmrec.tasks.next_item import NextItemTask, evaluation_samples, training_samples
+from llmrec.tasks.next_item import (
+    DEFAULT_TEMPLATE,
+    TEMPLATES,
+    NextItemTask,
+    evaluation_samples,
+    training_samples,
+)
 from llmrec.vocabulary import CodeVocabulary, add_code_rows
 
 # Text tokens 0 to 15, so <a_0> is 16 and <b_0> is 18.
@@ -133,9 +139,9 @@ def test_lengths_are_those_of_the_samples(small_dataset, small_semantic_ids, tex
             training_samples(task, small_dataset, form=form)
         return
     samples = training_samples(task, small_dataset, form=form)
-    assert samples.lengths == [len(sample["input_ids"]) for sample in samples]
-    assert samples.lengths == [len(sample["labels"]) for sample in samples]
-    assert len(set(samples.lengths)) > 2
+    assert samples.lengths().tolist() == [len(sample["input_ids"]) for sample in samples]
+    assert samples.lengths().tolist() == [len(sample["labels"]) for sample in samples]
+    assert len(set(samples.lengths().tolist())) > 2
     assert samples.num_targets == sum(
         sum(label != -100 for label in sample["labels"]) // vocabulary.num_levels for sample in samples
     )
@@ -231,5 +237,91 @@ def test_evaluation_samples_by_hand(text_tokenizer):
         {"input_ids": BEFORE + item_tokens(2), "labels": [-100] * 3 + item_tokens(2)},
         {"input_ids": BEFORE + item_tokens(3, 0), "labels": [-100] * 5 + item_tokens(0)},
     ]
-    assert samples.lengths == [9, 5, 7]
+    assert samples.lengths().tolist() == [9, 5, 7]
     assert samples.num_targets == 3
+
+
+# Several templates, chats, encoder-decoder models
+
+SHORT, LONG = "Items : {history}", "Items chosen by one person : {history}"
+
+
+def make_task_of(text_tokenizer, **settings):
+    vocabulary = CodeVocabulary.add_to(text_tokenizer, (2, 3))
+    return NextItemTask(text_tokenizer, vocabulary, SemanticIds(tuple("abcd"), CODES, (2, 3)), **settings)
+
+
+@pytest.mark.parametrize("form", ["history", "prefix"])
+def test_training_draws_a_template_a_sample_and_epoch(factories, text_tokenizer, form):
+    task = make_task_of(text_tokenizer, template=SHORT, templates=(LONG, SHORT), max_history=3)
+    train = dataset_of(factories, *[[3, 1, 2]] * 50)
+    samples = training_samples(task, train, form=form, seed=4)
+    befores = {"short": [ITEMS, COLON], "long": text_tokenizer("Items chosen by one person :").input_ids}
+    drawn = []
+    for epoch in range(3):
+        lengths = samples.lengths(epoch)
+        for index in range(len(samples)):
+            sample = samples.sample(index, epoch)
+            assert len(sample["input_ids"]) == len(sample["labels"]) == lengths[index]
+            (name,) = [name for name, before in befores.items() if sample["input_ids"][: len(before)] == before]
+            drawn.append(name)
+    counts = Counter(drawn)
+    assert min(counts.values()) > len(drawn) / 3
+    halves = drawn[: len(drawn) // 3], drawn[len(drawn) // 3 : 2 * len(drawn) // 3]
+    assert halves[0] != halves[1]  # anew each epoch
+    again = training_samples(task, train, form=form, seed=4)
+    assert again.sample(7, 2) == samples.sample(7, 2)
+    assert training_samples(task, train, form=form, seed=5).lengths(0).tolist() != samples.lengths(0).tolist()
+
+
+def test_recommending_and_the_validation_loss_take_the_first_template(text_tokenizer):
+    task = make_task_of(text_tokenizer, template=SHORT, templates=TEMPLATES, max_history=2)
+    assert task.template == SHORT
+    assert task.prompt([1]) == [ITEMS, COLON, *TOKENS[1]]
+    flat = np.zeros(60, dtype=np.int32)
+    examples = EvaluationSet("test", ("u",) * 30, flat, np.arange(31) * 2, np.ones(30, dtype=np.int32))
+    samples = evaluation_samples(task, examples)
+    assert {tuple(sample["input_ids"][:2]) for sample in samples} == {(ITEMS, COLON)}
+    assert samples.lengths(0) is samples.lengths(3)
+
+
+def test_one_template_draws_nothing(factories, text_tokenizer):
+    samples = training_samples(make_task(text_tokenizer), dataset_of(factories, [3, 1, 2], [0, 1]))
+    assert samples.lengths(0) is samples.lengths(1)
+    assert samples.sample(1, 0) == samples.sample(1, 9)
+
+
+def test_the_templates_can_all_have_the_history_form(byte_tokenizer):
+    assert TEMPLATES[0] == DEFAULT_TEMPLATE
+    assert len(set(TEMPLATES)) >= 12
+    task = make_task_of(byte_tokenizer, templates=TEMPLATES)
+    assert not task.text_after_history
+
+
+def test_one_template_with_text_after_the_history_is_enough_to_be_refused(factories, text_tokenizer):
+    task = make_task_of(text_tokenizer, template=SHORT, templates=("Items : {history} Next :",))
+    with pytest.raises(SettingsError, match=r"text after \{history\}"):
+        training_samples(task, dataset_of(factories, [0, 1]))
+
+
+def test_a_chat_is_trained_as_it_recommends(factories, text_tokenizer):
+    text_tokenizer.chat_template = "a {{ messages[0]['content'] }} Next :"
+    task = make_task_of(text_tokenizer, template="Items : {history}", chat=True)
+    assert task.prompt([1]) == [14, ITEMS, COLON, *TOKENS[1], NEXT, COLON]
+    train = dataset_of(factories, [3, 1, 2])
+    with pytest.raises(SettingsError, match="in a chat the assistant's turn begins after the history"):
+        training_samples(task, train)
+    samples = training_samples(task, train, form="prefix")
+    assert samples.sample(1)["input_ids"] == task.prompt([3, 1]) + TOKENS[2]
+
+
+def test_an_encoder_decoder_model(factories, start_token_tokenizer):
+    task = make_task_of(start_token_tokenizer, template="{history}", encoder_decoder=True, max_history=2)
+    end = start_token_tokenizer.eos_token_id
+    assert task.prompt([0, 1, 2]) == [1, *item_tokens(1, 2), end]
+    train = dataset_of(factories, [3, 1, 2])
+    with pytest.raises(SettingsError, match="an encoder reads a sequence whole"):
+        training_samples(task, train)
+    samples = training_samples(task, train, form="prefix")
+    assert samples.sample(1) == {"input_ids": task.prompt([3, 1]), "labels": TOKENS[2]}
+    assert samples.lengths().tolist() == [6, 8]

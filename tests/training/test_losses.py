@@ -1,8 +1,9 @@
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
-from llmrec.training.losses import ranking_guided_loss, same_level, target_positions, target_tokens
+from llmrec.training.losses import code_losses, ranking_guided_loss, target_positions, target_tokens
 
 
 def random_logits(rows=5, columns=7, seed=0):
@@ -74,10 +75,40 @@ def test_positions_and_tokens_of_targets():
     assert target_tokens(labels).tolist() == [7, 8, 9]  # the 5 has nothing before it
 
 
-def test_same_level():
-    level_of_code = torch.tensor([0, 0, 1, 1, 1, 2])
-    assert same_level(torch.tensor([1, 4, 5]), level_of_code).int().tolist() == [
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
+def test_targets_of_a_decoder_stand_at_their_own_place():
+    labels = torch.tensor([[5, 6, -100], [7, 8, 9]])
+    assert target_positions(labels, encoder_decoder=True).int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert target_tokens(labels, encoder_decoder=True).tolist() == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("scope", ["codes", "trie"])
+def test_codes_of_whole_items(scope):
+    """Against a loop over targets that looks through all items. Levels of other sizes, nodes of other branching."""
+    sizes, tau = (3, 5, 4), 0.7
+    codes, trie, _ = tiny.random_catalogue(3, num_items=14, sizes=sizes)
+    items = torch.from_numpy(codes[[0, 5, 13, 5]])
+    offsets = torch.tensor([0, 3, 8])
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(12, 12, generator=generator)).requires_grad_(True)
+    by_level = [of_level[:, level] for level, of_level in enumerate(logits.view(4, 3, 12).split(sizes, dim=2))]
+    losses = code_losses(by_level, items, temperature=tau, trie=trie if scope == "trie" else None).flatten()
+    expected, sizes_seen = [], set()
+    for number, item in enumerate(items.tolist()):
+        for level, code in enumerate(item):
+            columns = range(sizes[level])
+            if scope == "trie":
+                columns = sorted({int(other[level]) for other in codes if other[:level].tolist() == item[:level]})
+            sizes_seen.add(len(columns))
+            row = logits[3 * number + level, int(offsets[level]) :] / tau
+            expected.append(row[list(columns)].logsumexp(0) - row[code])
+    assert len(sizes_seen) >= 3
+    torch.testing.assert_close(losses, torch.stack(expected))
+    found = torch.autograd.grad(losses.sum(), logits)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(torch.stack(expected).sum(), logits)[0])
+
+
+def test_no_target_has_no_loss_and_a_gradient_of_zero():
+    logits = torch.zeros(0, 12, requires_grad=True)
+    losses = code_losses(logits.split((3, 5, 4), dim=1), torch.zeros(0, 3, dtype=torch.int64))
+    assert losses.shape == (0, 3)
+    losses.sum().backward()

@@ -2,11 +2,14 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from factories import make_semantic_ids
 from safetensors.torch import load_file
 
-from llmrec.errors import DataError, MissingPartError, SettingsError
+from llmrec.errors import SettingsError
+from llmrec.tasks.base import TaskSamples, join
 from llmrec.vocabulary import code_row_parameters
 
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -15,7 +18,8 @@ HEAD_ROWS = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
 
 def scope_columns(trainer, scope, target, before):
     """Naive: the columns of the softmax of one target token, given the target's codes before it."""
-    vocabulary, codes = trainer.vocabulary, trainer.train_dataset.task._item_tokens  # [N, L]
+    vocabulary = trainer.vocabulary
+    codes = vocabulary.token_ids(make_semantic_ids().codes)  # [N, L]
     level = len(before)
     if scope == "vocabulary":
         return range(vocabulary.first_token_id + vocabulary.num_tokens)
@@ -41,16 +45,17 @@ def dense_losses(trainer, model, sample, scope, temperature):
     return losses
 
 
-def dense_run(trainer, scope="vocabulary", temperature=1.0, batch_size=8):
+def dense_run(trainer, scope="vocabulary", temperature=1.0):
     """What the trainer should do, written out: plain SGD on the sum of losses over the number of targets."""
     model = copy.deepcopy(trainer.model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    samples, log = list(trainer.train_dataset), []
-    for step in range(trainer.args.max_steps):
-        first = step * batch_size % len(samples)
+    plan, log = trainer.plan, []
+    for number in range(trainer.args.max_steps):
+        epoch, step = divmod(number, plan.num_steps)
         losses = []
-        for sample in samples[first : first + batch_size]:
-            losses += dense_losses(trainer, model, sample, scope, temperature)
+        for row in plan.rows(epoch)[step * plan.rows_per_step : (step + 1) * plan.rows_per_step]:
+            for sample in row:
+                losses += dense_losses(trainer, model, plan.samples.sample(sample, epoch), scope, temperature)
         loss = torch.stack(losses).sum() / len(losses)
         gradients = torch.autograd.grad(loss, trained)
         norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
@@ -78,6 +83,8 @@ def assert_same_steps(found, expected, tolerance=1e-5):
         ("vocabulary", 0.7, False, "qwen2"),
         ("codes", 1.2, True, "qwen3"),
         ("trie", 0.7, False, "llama"),
+        ("vocabulary", 0.7, True, "cohere"),  # scales its logits, so losses can't be made in the head
+        ("trie", 1.0, True, "cohere"),
     ],
 )
 def test_steps_equal_a_dense_reference(factories, tmp_path, scope, temperature, tied, family):
@@ -87,6 +94,104 @@ def test_steps_equal_a_dense_reference(factories, tmp_path, scope, temperature, 
     expected = dense_run(trainer, scope, temperature)
     trainer.train()
     assert_same_steps(factories.step_log(trainer), expected)
+
+
+PACKED = {"packing": True, "row_length": 40, "per_device_train_batch_size": 4, "train_sampling_strategy": "random"}
+
+
+@pytest.mark.parametrize(
+    ("scope", "family", "attention"),
+    [
+        ("trie", "llama", "sdpa"),
+        ("vocabulary", "qwen2", "eager"),
+        ("codes", "qwen3", "sdpa"),
+        ("trie", "mistral", "sdpa"),
+        ("trie", "gemma3_text", "sdpa"),
+    ],
+)
+def test_packed_steps_equal_a_dense_reference(factories, tmp_path, scope, family, attention):
+    """The reference runs each sample alone: a sample that saw its neighbours in the row would have another loss."""
+    trainer = factories.make_trainer(
+        tmp_path, family=family, tied=False, loss_scope=scope, attn_implementation=attention, **PACKED
+    )
+    assert max(map(len, trainer.plan.rows(0))) > 1
+    expected = dense_run(trainer, scope)
+    trainer.train()
+    assert_same_steps(factories.step_log(trainer), expected)
+
+
+def test_packed_rows_accumulated_and_uneven_equal_one_batch(factories, tmp_path):
+    """The last rows of a step may be empty, and a micro-batch without a single target."""
+    settings = {**PACKED, "row_length": 48, "max_steps": 4}
+    whole = factories.make_trainer(tmp_path, **settings)
+    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    parts = factories.make_trainer(tmp_path, **{**settings, **single})
+    assert any(len(row) == 0 for row in parts.plan.rows(0))
+    whole.train()
+    parts.train()
+    assert_same_steps(factories.step_log(parts), factories.step_log(whole))
+
+
+def test_packing_that_would_leak_is_refused(factories, tmp_path, monkeypatch):
+    """A model that makes itself a cache doesn't look for packed samples (transformers' default out of a Trainer)."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    from llmrec.training.packing_check import why_no_packing
+
+    model = factories.make_tiny_model()
+    assert why_no_packing(model) is None
+    forward = LlamaModel.forward
+    monkeypatch.setattr(
+        LlamaModel, "forward", lambda self, *args, **given: forward(self, *args, **{**given, "use_cache": True})
+    )
+    assert "see each other" in why_no_packing(model)
+    with pytest.raises(SettingsError, match="set packing to false"):
+        factories.make_trainer(tmp_path, **PACKED)
+
+
+def test_layers_that_carry_a_state_are_not_packed(factories):
+    from llmrec.training.packing_check import why_no_packing
+
+    model = factories.make_tiny_model("qwen3_next", head_dim=8, layer_types=["linear_attention", "full_attention"])
+    assert "linear_attention" in why_no_packing(model)
+
+
+class TextAndCodes(TaskSamples):
+    """Samples of the small catalogue, and between them others whose target is text."""
+
+    name = "mixed"
+    has_text_targets = True
+    num_targets = 24
+
+    def __init__(self, samples):
+        codes = [samples[index] for index in range(8)]
+        texts = [join([4, 5, index + 4], [6, 7, 2][index % 2 :]) for index in range(8)]
+        self.all = [sample for pair in zip(codes, texts, strict=True) for sample in pair]
+
+    def __len__(self):
+        return len(self.all)
+
+    def lengths(self, epoch=0):
+        return np.array([len(sample["input_ids"]) for sample in self.all])
+
+    def sample(self, index, epoch=0):
+        return self.all[index]
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "codes", "trie"])
+def test_text_targets_are_normalised_over_the_vocabulary(factories, tmp_path, scope):
+    trainer = factories.make_trainer(
+        tmp_path, loss_scope=scope, ranking_temperature=0.7, samples=TextAndCodes, per_device_train_batch_size=4
+    )
+    losses = []
+    for sample in trainer.plan.samples:
+        text = sample["labels"][-1] < trainer.vocabulary.first_token_id
+        losses.append(dense_losses(trainer, trainer.model, sample, "vocabulary" if text else scope, 0.7))
+    by_step = [sum(map(sum, losses[step * 4 :][:4])) / sum(map(len, losses[step * 4 :][:4])) for step in range(4)]
+    trainer.args.learning_rate = 0.0
+    trainer.train()
+    for line, expected in zip(factories.step_log(trainer), by_step, strict=True):
+        assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "trie"])
@@ -110,20 +215,6 @@ def test_only_lora_and_rows_move(factories, tmp_path):
     for name, tensor in trainer.model.state_dict().items():
         is_trained = "lora_" in name or name.endswith(".new_rows")
         assert torch.equal(tensor, before[name]) is not is_trained, name
-
-
-def test_every_code_of_the_trie_scope_by_hand(factories, tmp_path):
-    """Codes of unequal branching: padding of a node's children must neither add a code nor take one away."""
-    trainer = factories.make_trainer(tmp_path, loss_scope="trie")
-    first = trainer.vocabulary.first_token_id
-    items = torch.from_numpy(trainer.train_dataset.task._item_tokens)
-    assert len({int(count) for level in trainer.trie.starts[1:] for count in level.diff()}) > 1
-    allowed = trainer._valid_in_trie((items - first).flatten())
-    for row, item in enumerate(items):
-        for level in range(3):
-            columns = scope_columns(trainer, "trie", int(item[level]), item[:level].tolist())
-            found = (allowed[3 * row + level].nonzero()[:, 0] + first).tolist()
-            assert found == list(columns)
 
 
 # The order of samples
@@ -189,7 +280,7 @@ def test_evaluation_weighs_by_targets(factories, tmp_path, scope):
     trainer = factories.make_trainer(tmp_path, loss_scope=scope, ranking_temperature=0.7, evaluation=True)
     losses, plain = [], []
     with torch.no_grad():
-        for sample in trainer.train_dataset:  # 1 to 8 targets a sample
+        for sample in trainer.plan.samples:  # 1 to 8 targets a sample
             losses += dense_losses(trainer, trainer.model, sample, scope, 0.7)
             plain += dense_losses(trainer, trainer.model, sample, scope, 1.0)
     loss, perplexity = torch.stack(losses).mean().item(), math.exp(torch.stack(plain).mean().item())
@@ -197,7 +288,7 @@ def test_evaluation_weighs_by_targets(factories, tmp_path, scope):
         other = factories.make_trainer(
             tmp_path, loss_scope=scope, ranking_temperature=0.7, per_device_eval_batch_size=batch_size
         )
-        metrics = other.evaluate(trainer.train_dataset)
+        metrics = other.evaluate(trainer.plan.samples)
         assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-6)
         assert metrics["eval_perplexity"] == pytest.approx(perplexity, rel=1e-5)
     assert {"held_out_loss", "held_out_perplexity"} <= trainer.evaluate(metric_key_prefix="held_out").keys()
@@ -208,14 +299,14 @@ def test_evaluation_weighs_by_targets(factories, tmp_path, scope):
 
 @pytest.mark.parametrize(("lora", "tied"), [(True, True), (True, False), (False, True)])
 def test_the_best_model_is_the_whole_best_model(factories, tmp_path, lora, tied):
-    """Learning is so fast that the loss on other samples soon grows: the best step is not the last."""
+    """The loss falls, and here the greatest is called the best: the best step is the first, not the last."""
     trainer = factories.make_trainer(
         tmp_path,
         lora=lora,
         tied=tied,
         evaluation=True,
         optim="adamw_torch",
-        learning_rate=0.02,
+        learning_rate=0.05,
         max_steps=12,
         eval_strategy="steps",
         save_strategy="steps",
@@ -223,12 +314,12 @@ def test_the_best_model_is_the_whole_best_model(factories, tmp_path, lora, tied)
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        greater_is_better=True,
     )
     trainer.train()
     evaluations = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert evaluations[-1] > min(evaluations) + 0.05, evaluations  # else this shows nothing
-    assert trainer.state.best_metric == pytest.approx(min(evaluations), abs=1e-9)
+    assert evaluations[-1] < max(evaluations) - 0.05, evaluations  # else this shows nothing
+    assert trainer.state.best_metric == pytest.approx(max(evaluations), abs=1e-9)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-7)
 
 
@@ -267,20 +358,6 @@ def test_a_checkpoint_of_a_whole_model(factories, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, tensor in factories.trained_tensors(trainer).items():
         assert torch.equal(factories.trained_tensors(resumed)[name], tensor)
-
-
-def test_resuming_without_rows_is_refused(factories, tmp_path):
-    factories.make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
-    folder = tmp_path / "checkpoint-2"
-    from safetensors.torch import save_file
-
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if name != ROWS}, folder / "adapter_model.safetensors")
-    with pytest.raises(DataError, match=r"1 tensor\(s\) missing"):
-        factories.make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(MissingPartError, match="no adapter"):
-        factories.make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
 
 
 # What is refused

@@ -1,0 +1,116 @@
+"""Every settings file of recipes/ trains a step, on a small catalogue and a small model in place of its own."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrec.pretrained import load_text_tokenizer
+from llmrec.recommender import Recommender
+from llmrec.tiny_model import TINY_LLAMA, build, is_built_in
+from llmrec.training.finetune import finetune, parse
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NUM_ITEMS, NUM_USERS = 30, 24
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+
+def write(path, columns, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Items with all texts, users with preferences, codes, and a model with a chat template."""
+    folder = tmp_path_factory.mktemp("small")
+    generator = np.random.default_rng(0)
+    titles = [f"Soft brush number {item}" for item in range(NUM_ITEMS)]
+    texts = [
+        (f"item{item}", title, f"{title}, for daily use.", f"a brush like {item}") for item, title in enumerate(titles)
+    ]
+    write(folder / "items.csv", ["item_id", "title", "description", "queries"], texts)
+    rows = [
+        (f"user{user}", f"item{item}", time)
+        for user in range(NUM_USERS)
+        for time, item in enumerate(generator.choice(NUM_ITEMS, 6, replace=False))
+    ]
+    write(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], rows)
+    write(
+        folder / "users.csv",
+        ["user_id", "preferences"],
+        [(f"user{user}", "Likes brushes.") for user in range(NUM_USERS)],
+    )
+    codes = {str(item): [f"<a_{item % 5}>", f"<b_{item // 5}>", f"<c_{item % 3}>"] for item in range(NUM_ITEMS)}
+    (folder / "codes.index.json").write_text(json.dumps(codes))
+    build(TINY_LLAMA, titles, folder / "model")
+    text_tokenizer = load_text_tokenizer(str(folder / "model"))
+    text_tokenizer.chat_template = CHAT
+    text_tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def run(path, small, output, *more):
+    _, _, of_file = parse(["--config", str(path)])
+    base = of_file.model_name_or_path
+    smaller = {
+        "dataset": small / "interactions.csv",
+        "items": small / "items.csv",
+        "users": small / "users.csv",
+        "item_tokenizer": small / "codes.index.json",
+        "model_name_or_path": base if is_built_in(base) else small / "model",
+        "output_dir": output,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "warmup_steps": 0,
+        "validation_examples": 4,
+        "evaluation_examples": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    command_line = [part for name, value in smaller.items() for part in (f"--{name}", str(value))]
+    return finetune(*parse(["--config", str(path), *command_line, *more]))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_a_step_of_every_settings_file(path, small, tmp_path):
+    arguments, training, model_arguments = parse(["--config", str(path)])
+    recommender, splits, results = run(path, small, tmp_path)
+    assert recommender.config.training["steps"] == 1
+    assert {result.name for result in results} == {"popularity", "llmrec"}
+    model = recommender.model
+    assert getattr(model, "is_loaded_in_4bit", False) == model_arguments.load_in_4bit
+    assert getattr(model, "is_loaded_in_8bit", False) == model_arguments.load_in_8bit
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kinds = {"lora": "lora_" in " ".join(names), "full": any(name.endswith("norm.weight") for name in names)}
+    assert kinds == {"lora": model_arguments.trained == "lora", "full": model_arguments.trained == "full"} or (
+        model.config.is_encoder_decoder and model_arguments.trained == "full"
+    )
+    assert any(name.endswith("new_rows") for name in names)
+    history = [splits.dataset.item_ids[row] for row in splits.test.history(0)]
+    saved = Recommender.from_pretrained(tmp_path / "recommender")
+    found = [item.item_id for item in saved.recommend(history, k=5)]
+    assert len(set(found)) == 5
+    assert saved.config.chat == arguments.chat
+    assert saved.config.scope == training.loss_scope
+
+
+def test_all_tasks_and_search(small, tmp_path):
+    """Of one run; what is searched for afterwards is answered by the saved recommender."""
+    path = ROOT / "recipes" / "office" / "smollm2_lcrec.yaml"
+    tasks = ["next_item", "item_to_codes", "codes_to_item:0.5", "fused:2", "item_search", "preference"]
+    recommender, _, _ = run(path, small, tmp_path, "--tasks", *tasks)
+    assert recommender.config.training["tasks"] == tasks
+    saved = Recommender.from_pretrained(tmp_path / "recommender")
+    assert len(saved.search("a soft brush", k=3)) == 3
+    assert len(saved.search(["a soft brush", "another"], k=3, history=[["item1"], []])) == 2
+
+
+def test_split_by_time(small, tmp_path):
+    path = ROOT / "recipes" / "synthetic" / "tiny_llama_letter.yaml"
+    _, splits, results = run(path, small, tmp_path, "--split", "by_time", "--split_fractions", "0.6", "0.2", "0.2")
+    assert splits.method.startswith("by time")
+    assert {result.split for result in results} == {"test"}
