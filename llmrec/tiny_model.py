@@ -112,6 +112,8 @@ def build_letter_tiger(
     from transformers import T5Config, T5ForConditionalGeneration
 
     def make(text_tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+        special_tokens = _special_tokens(text_tokenizer)
+        special_tokens["decoder_start_token_id"] = text_tokenizer.pad_token_id
         return T5ForConditionalGeneration(
             T5Config(
                 vocab_size=len(text_tokenizer),
@@ -124,8 +126,7 @@ def build_letter_tiger(
                 dropout_rate=0.1,
                 feed_forward_proj="relu",
                 relative_attention_num_buckets=32,
-                **_special_tokens(text_tokenizer),
-                **{"decoder_start_token_id": text_tokenizer.pad_token_id},  # mypy: not a field of T5Config
+                **special_tokens,
             )
         )
 

@@ -286,6 +286,11 @@ def _check_encoder_decoder(model: Any, embedding: nn.Embedding, name: str) -> No
             f"{name} adds a bias to its logits outside the head, which has no place for codes: take a model of the T5"
             " family or a decoder alone"
         )
+    if model.config.decoder_start_token_id is None:
+        raise SettingsError(
+            f"{name} has no token that starts its decoder: set config.decoder_start_token_id (T5's is its padding"
+            " token)"
+        )
     parts = (model.get_encoder(), model.get_decoder())
     if any(part.get_input_embeddings().weight is not embedding.weight for part in parts):
         raise SettingsError(

@@ -91,7 +91,8 @@ def make_trainer(
 ) -> Any:
     """A RankingTrainer on the small catalogue: 16 samples in the history form, plain SGD, a log line a step.
 
-    `samples` makes other samples of these. With `evaluation` each user's last item is kept for the validation loss, and not trained on.
+    `samples` makes other samples of these. With `evaluation` each user's last item is kept for the validation loss,
+    and not trained on.
     """
     from peft import LoraConfig
 

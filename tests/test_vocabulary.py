@@ -424,6 +424,8 @@ def test_encoder_decoders_that_cannot_take_rows_are_refused():
         add_code_rows(BartForConditionalGeneration(BartConfig(**layers, **sizes)), VOCABULARY)
     with pytest.raises(SettingsError, match="MarianMTModel adds a bias to its logits outside the head"):
         add_code_rows(MarianMTModel(MarianConfig(**layers, **sizes)), VOCABULARY)
+    with pytest.raises(SettingsError, match="no token that starts its decoder"):
+        add_code_rows(tiny_t5.make_t5(decoder_start_token_id=None), VOCABULARY)
     model = tiny_t5.make_t5()
     model.decoder.embed_tokens = nn.Embedding(16, 32)
     with pytest.raises(SettingsError, match="encoder and decoder of T5ForConditionalGeneration have embeddings of"):

@@ -147,7 +147,10 @@ class ModelArguments(ModelConfig):
 
     model_name_or_path: str | None = field(
         default=TINY_LLAMA,
-        metadata={"help": "A Hub ID, a folder, 'package:<Python package>', or 'tiny-llama', built on the spot."},
+        metadata={
+            "help": "A Hub ID, a folder, 'package:<Python package>', or a model built on the spot from random weights:"
+            " 'tiny-llama', or 'letter-tiger', the T5 of LETTER-TIGER."
+        },
     )
     dtype: str | None = field(
         default=None,

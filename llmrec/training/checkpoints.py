@@ -18,10 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from accelerate.utils import gather_object
+import torch
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -285,6 +287,19 @@ class CheckpointMixin(Trainer):
         # Nothing was gathered for the first process of another machine (save_on_each_node): it holds all by itself.
         save_adapter(self._unwrapped, folder, state_dict=state_dict or None)
         cast(PreTrainedTokenizerBase, self.processing_class).save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The Trainer's; under FSDP without the model, of which `_save` has written all that is trained.
+
+        PEFT would have embedding and head written whole, and where there is no LoRA the base would be.
+        """
+        if not (self.is_fsdp_enabled and self._is_adapter):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, cast(nn.Module, self.model), output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._is_adapter:
