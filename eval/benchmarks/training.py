@@ -7,8 +7,9 @@ The reference is transformers' `Trainer` with one sample for every target, padde
 position, matrices resized and trained whole (`modules_to_save`); once with batches drawn at random, as LC-Rec's and
 LETTER's scripts draw them, once with samples grouped by length. llmrec packs samples into rows, in the form that
 learns a whole history at once (`history`) and with one sample for every target (`prefix`). `training_sides.py` has
-both, and says where they are alike. A row of llmrec has as many tokens as 16 samples have on average, so a step of
-either side reads as many real tokens.
+both, and says where they are alike. Five rows of llmrec have as many tokens as 16 samples have on average, so a step
+of either side reads as many real tokens. `history_plain_step` is llmrec with transformers' own `training_step`: SDPA
+for the packed rows, and the casts of PEFT.
 
 A figure is items learned (targets) in a second of training steps: forward, backward, clipping and optimiser, without
 reading data. All sides run in turn in one process, in rounds; a round holds batches of all sizes, and the figure is
@@ -43,7 +44,7 @@ from tqdm.auto import tqdm
 from training_sides import Setup, Side, compare_sides, llmrec_side, load_setup, reference_side, spread_steps
 
 BATCH_SIZE = 16  # samples of a step of the reference
-ROW_LENGTH = 640  # 16 samples of 40 tokens
+ROWS, ROW_LENGTH = 5, 128  # 640 tokens: 16 samples of 40
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ class Case:
 SIDES: dict[str, Callable[[Setup], Side]] = {
     "random": lambda setup: reference_side(setup, "random", batch_size=BATCH_SIZE),
     "grouped": lambda setup: reference_side(setup, "group_by_length", batch_size=BATCH_SIZE),
-    "history": lambda setup: llmrec_side(setup, "history", row_length=ROW_LENGTH),
-    "prefix": lambda setup: llmrec_side(setup, "prefix", row_length=ROW_LENGTH),
-    "history_trie": lambda setup: llmrec_side(setup, "history", scope="trie", row_length=ROW_LENGTH),
+    "history": lambda setup: llmrec_side(setup, "history", batch_size=ROWS, row_length=ROW_LENGTH),
+    "prefix": lambda setup: llmrec_side(setup, "prefix", batch_size=ROWS, row_length=ROW_LENGTH),
+    "history_trie": lambda setup: llmrec_side(setup, "history", scope="trie", batch_size=ROWS, row_length=ROW_LENGTH),
+    "history_plain_step": lambda setup: llmrec_side(
+        setup, "history", batch_size=ROWS, row_length=ROW_LENGTH, plain_step=True
+    ),
 }
 CASES = (
     Case("history", "random", 12.0),
@@ -79,6 +83,7 @@ CASES = (
     Case("prefix", "random", 2.5),
     Case("prefix", "grouped", 1.2),
     Case("history_trie", "random"),
+    Case("history", "history_plain_step"),
 )
 QUICK_CASES = CASES[:1]
 MEMORY_TARGET = 2.0  # at most half

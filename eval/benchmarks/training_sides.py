@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from llmrec.data.interactions import InteractionDataset
 from llmrec.generation.trie import ItemTrie
@@ -201,7 +203,7 @@ def reference_side(setup: Setup, strategy: str, *, batch_size: int = 16, bf16: b
         batch_size: Samples of a step.
         bf16: Autocast, as LC-Rec's and LETTER's scripts set it.
     """
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
     tokenizer = setup.text_tokenizer
     tokenizer.padding_side = "right"
@@ -242,6 +244,7 @@ def llmrec_side(
     row_length: int | None = None,
     bf16: bool = True,
     model: Any = None,
+    plain_step: bool = False,
     **more: Any,
 ) -> Side:
     """The trainer of llmrec on packed rows.
@@ -254,6 +257,7 @@ def llmrec_side(
         row_length: Most tokens of a row.
         bf16: Autocast.
         model: What is trained, by default `llmrec_model(setup)`.
+        plain_step: Take transformers' `training_step` in place of ours.
         more: Settings of the trainer.
     """
     from llmrec.training.config import RecFinetuneConfig
@@ -268,6 +272,8 @@ def llmrec_side(
         train_dataset=setup.samples(form),
         trie=setup.trie,
     )
+    if plain_step:
+        trainer.training_step = MethodType(Trainer.training_step, trainer)
     return ready(trainer, setup.vocabulary.num_levels)
 
 

@@ -6,6 +6,7 @@ It adds nothing to the loop. The loss is handed over as `compute_loss_func`, so 
 global batch (`llmrec.tasks.batch_plan`); what a checkpoint holds is in `llmrec.training.checkpoints`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
@@ -29,6 +31,7 @@ from llmrec.training.config import RecFinetuneConfig
 from llmrec.training.gathering import keep_sums_in_float32
 from llmrec.training.losses import target_positions, target_tokens
 from llmrec.training.packing_check import why_no_packing
+from llmrec.training.short_rows import short_rows
 from llmrec.training.target_losses import TargetLosses, hands_on_head_output
 from llmrec.vocabulary import CodeVocabulary, code_row_parameters, find_code_head, has_code_rows, head_mode
 
@@ -167,6 +170,21 @@ class RankingTrainer(CheckpointMixin):
             share = self.plan.real_token_share(epoch, batch_size=self.args.train_batch_size)
             logs["real_token_share"] = round(share, 4)
         super().log(logs, *args, **kwargs)
+
+    # A step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's own, with what makes it faster and changes nothing but rounding.
+
+        PEFT casts the input of each LoRA layer to the type of its weights; where autocast casts it back, that is left
+        out. Short packed rows have attention of their own on CPUs.
+        """
+        with contextlib.ExitStack() as faster:
+            if self.accelerator.native_amp and not self.is_deepspeed_enabled:
+                faster.enter_context(disable_input_dtype_casting(model))
+            if "position_ids" in inputs and not self.args.torch_compile:
+                faster.enter_context(short_rows(self._unwrapped.config.get_text_config(), inputs["input_ids"]))
+            return super().training_step(model, inputs, *args, **kwargs)
 
     # The loss
 
