@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from llmrec.processes import Processes
     from llmrec.recommendation.batch import BatchSummary, recommend_file
     from llmrec.recommender import Recommender
+    from llmrec.tasks.mixture import TaskMixture
     from llmrec.tasks.next_item import NextItemTask
+    from llmrec.tasks.registry import build_samples
+    from llmrec.tasks.source import TextColumns
     from llmrec.training.config import RecFinetuneConfig
     from llmrec.training.trainer import RankingTrainer
     from llmrec.vocabulary import CodeVocabulary, add_code_rows
@@ -79,8 +82,11 @@ _MODULES = {
     "SemanticIds": "llmrec.item_tokenizers.semantic_ids",
     "SimCITConfig": "llmrec.item_tokenizers.simcit",
     "SimCITTokenizer": "llmrec.item_tokenizers.simcit",
+    "TaskMixture": "llmrec.tasks.mixture",
+    "TextColumns": "llmrec.tasks.source",
     "TrieLogitsProcessor": "llmrec.generation.logits_process",
     "add_code_rows": "llmrec.vocabulary",
+    "build_samples": "llmrec.tasks.registry",
     "compare_codes": "llmrec.item_tokenizers.code_agreement",
     "diagnose": "llmrec.item_tokenizers.diagnostics",
     "embed_images": "llmrec.embeddings.image",

@@ -73,7 +73,7 @@ def model_card(
     return _BODY.format(
         front_matter=_front_matter(config, title, is_adapter),
         title=title,
-        base=f"`{config.base_model}`" + (" with LoRA" if is_adapter else ""),
+        base=f"`{config.base_model}`" + (_adapted_by(config) if is_adapter else ""),
         num_levels=semantic_ids.num_levels,
         name=name,
         example=", ".join(json.dumps(item_id, ensure_ascii=False) for item_id in semantic_ids.item_ids[:2]),
@@ -87,7 +87,19 @@ def model_card(
     )
 
 
+def _adapted_by(config: RecommenderConfig) -> str:
+    what = " with trained rows of the codes alone" if config.training.get("trained") == "rows" else " with LoRA"
+    bits = config.training.get("base_bits")
+    if not bits:
+        return what
+    return (
+        f"{what} (trained on the base in {bits} bits; on an unquantised base, the default when it is loaded, scores"
+        " differ a little)"
+    )
+
+
 def _front_matter(config: RecommenderConfig, title: str, is_adapter: bool) -> str:
+    has_lora = is_adapter and config.training.get("trained") != "rows"
     on_hub = not config.base_model.startswith("package:") and config.base_model.count("/") == 1
     evaluations = [
         EvalResult(
@@ -108,7 +120,7 @@ def _front_matter(config: RecommenderConfig, title: str, is_adapter: bool) -> st
         library_name="llmrec",
         pipeline_tag="text-generation",
         base_model=config.base_model if on_hub else None,
-        tags=["recommendation", "generative-recommendation", "semantic-ids", *(["lora"] if is_adapter else [])],
+        tags=["recommendation", "generative-recommendation", "semantic-ids", *(["lora"] if has_lora else [])],
         datasets=config.dataset.get("hub_id"),
         model_name=title if evaluations else None,
         eval_results=evaluations or None,

@@ -24,6 +24,7 @@ MEMBERS = {
     "model_card": "recommender",
     "recommendation": "recommender",
     "recommender_folder": "recommender",
+    "recommender_parts": "recommender",
     "tiny_model": "training",
     "commands": "cli",
 }

@@ -106,3 +106,16 @@ def test_the_card_of_a_recommender_that_searches_says_how(tmp_path, monkeypatch)
     names = {}
     exec(code.replace("model.search", "answer = model.search"), names)
     assert len(names["answer"]) == 10
+
+
+def test_what_was_adapted_is_said(semantic_ids):
+    def body(**training):
+        return _parts(model_card(RecommenderConfig(**SETTINGS, training=training), semantic_ids, is_adapter=True))
+
+    front, text = body(trained="lora")
+    assert "with LoRA" in text
+    assert "lora" in front["tags"]
+    front, text = body(trained="rows")
+    assert "with trained rows of the codes alone" in text
+    assert "lora" not in front["tags"]
+    assert "trained on the base in 4 bits" in body(trained="lora", base_bits=4)[1]

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from llmrec.data.splits import DatasetSplits
 from llmrec.embeddings.collaborative import SASRec
@@ -156,7 +156,7 @@ def _config(
     vocabulary: CodeVocabulary,
 ) -> RecommenderConfig:
     base = str(model_arguments.model_name_or_path)
-    search = {}
+    search: dict[str, Any] = {}
     if SEARCH in read_tasks(arguments.tasks):
         search = {
             "search_template": DEFAULT_SEARCH_TEMPLATE,
@@ -217,7 +217,7 @@ def train(
     if arguments.validation_recommendations:
         examples = splits.validation.sample(arguments.validation_recommendations)
         item_metrics = ItemMetrics(recommender, examples, splits.dataset)
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
     if arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
     trainer = RankingTrainer(
@@ -273,7 +273,7 @@ def _describe_training(
     trainer: RankingTrainer, codes: ItemCodes, arguments: FinetuneArguments, model_arguments: ModelArguments
 ) -> dict[str, Any]:
     settings = trainer.args
-    return {
+    described = {
         "item_tokenizer": codes.source,
         "tasks": arguments.tasks,
         "sample_form": arguments.sample_form,
@@ -286,9 +286,12 @@ def _describe_training(
         "steps": trainer.state.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 2),
         "trained": model_arguments.trained,
+        "code_init": model_arguments.code_init,
+        "base_bits": 4 if model_arguments.load_in_4bit else 8 if model_arguments.load_in_8bit else None,
         "lora_r": model_arguments.lora_r if model_arguments.trained == "lora" else None,
         "seed": settings.seed,
     }
+    return {name: value for name, value in described.items() if value is not None}
 
 
 def _metrics_row(result: EvaluationResult, training: RecFinetuneConfig) -> dict[str, Any]:

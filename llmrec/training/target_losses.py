@@ -193,7 +193,7 @@ class _VocabularySum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         found = [None if saved is None else saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors]
         return (*found, None, None, None)

@@ -158,7 +158,7 @@ class RankingTrainer(CheckpointMixin):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's, over samples in order of length, so that least is padded: no total depends on the order."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, TaskSamples):
             dataset = Subset(dataset, np.argsort(-dataset.lengths(), kind="stable").tolist())
         return super().get_eval_dataloader(dataset)

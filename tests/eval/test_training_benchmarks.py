@@ -175,7 +175,14 @@ def test_the_report_of_training(scripts, setup, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "BATCH_SIZE", 4)
     monkeypatch.setattr(training.torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(training.os, "cpu_count", lambda: 2)
-    peaks = {"random": 900, "grouped": 800, "history": 300, "prefix": 400, "history_trie": 200}
+    peaks = {
+        "random": 900,
+        "grouped": 800,
+        "history": 300,
+        "prefix": 400,
+        "history_trie": 200,
+        "history_plain_step": 350,
+    }
     monkeypatch.setattr(training, "measure_memory", lambda name, *_: peaks[name] * 10**6)
     output = tmp_path / "out.json"
     one = ["--cases", "history_vs_random"]
