@@ -185,6 +185,7 @@ class Recommender(RecommenderParts):
             catalogue.task.frame,
             template=self.config.search_template,
             history_template=self.config.search_history_template,
+            max_query_tokens=self.config.max_query_tokens,
         )
         requests = Requests.of_queries(query, history, catalogue, prompts, skip_unknown=_skips(on_unknown))
         filters = self._filters(requests, catalogue, exclude_seen, allow, deny, on_unknown)

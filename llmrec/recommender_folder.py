@@ -28,6 +28,7 @@ from llmrec.generation.beam_search import check_scope
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.pretrained import auto_model_class, load_base_model, load_text_tokenizer, resolve_pretrained
 from llmrec.tasks.next_item import NextItemTask
+from llmrec.tasks.source import DEFAULT_MAX_TEXT_TOKENS
 from llmrec.vocabulary import CodeVocabulary, find_code_head, has_code_rows
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class RecommenderConfig:
         chat: Whether prompts are the user's turn of a chat.
         search_template: Prompt of a search, with "{query}" in it; None where the model wasn't trained to search.
         search_history_template: Prompt of a search with a history, with "{query}" and "{history}" in it, or None.
+        max_query_tokens: Longer queries are cut there, as they were in training.
         item_tokenizer: Class name of the item tokenizer in the folder; None where there is none.
         dataset: What it was trained on, for the model card: "name", and whatever else is known. JSON values only.
         training: Settings and outcome of the training, for the model card. JSON values only.
@@ -88,6 +90,7 @@ class RecommenderConfig:
     chat: bool = False
     search_template: str | None = None
     search_history_template: str | None = None
+    max_query_tokens: int = DEFAULT_MAX_TEXT_TOKENS
     item_tokenizer: str | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, save_fsdp_optimizer
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
@@ -269,6 +269,10 @@ class CheckpointMixin(Trainer):
     def _is_adapter(self) -> bool:
         return is_adapter(self._unwrapped)
 
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes what is trained, under any engine; of a base that is frozen, nothing. All processes call it."""
         if self._is_adapter:
@@ -304,18 +308,22 @@ class CheckpointMixin(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._is_adapter:
             self._load_adapter(resume_from_checkpoint)
-        else:
-            if not self.is_fsdp_enabled:
-                _check_weights(Path(resume_from_checkpoint), cast(nn.Module, self.model))
+        elif self._is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            _load_whole(Path(resume_from_checkpoint), self._unwrapped)
 
     def _load_best_model(self) -> None:
-        if self._is_adapter and not self.is_deepspeed_enabled:
-            best = str(self.state.best_model_checkpoint)
-            self._log("loading the best model, of %s (%s)", best, self.state.best_metric)
-            self._load_adapter(best)
-        else:  # DeepSpeed reads all that is trained, the rows among it, from files of its own
+        best = str(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled or (self._is_sharded and not self._is_adapter):
+            # DeepSpeed reads all that is trained, the rows among it, from files of its own.
             super()._load_best_model()
+            return
+        self._log("loading the best model, of %s (%s)", best, self.state.best_metric)
+        if self._is_adapter:
+            self._load_adapter(best)
+        else:
+            _load_whole(Path(best), self._unwrapped)
 
     def _load_adapter(self, folder: str) -> None:
         if not self.is_fsdp_enabled:
@@ -325,19 +333,19 @@ class CheckpointMixin(Trainer):
         load_trained_parameters(cast(nn.Module, self.model), tensors, self.accelerator)
 
 
-def _check_weights(folder: Path, model: nn.Module) -> None:
-    """Refuses weights that lack a parameter, which transformers would leave as it is, with a warning.
+def _load_whole(folder: Path, model: nn.Module) -> None:
+    """Overwrites all weights of a model that was trained whole; tied ones are in the files once.
 
     Raises:
-        DataError: The message names the first.
+        DataError: They lack a parameter, which transformers would leave as it is, with a warning.
     """
-    names: set[str] = set()
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    missing = sorted({name for name, _ in model.named_parameters()} - names)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(path)
+    missing = sorted({name for name, _ in model.named_parameters()} - tensors.keys())
     if missing:
         raise DataError(f"the weights in {folder} lack {len(missing)} tensor(s), first {missing[0]}")
+    model.load_state_dict(tensors, strict=False)  # what is missing now is tied to what is there
 
 
 def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,8 +149,6 @@ def _wrong_batches(arguments: FinetuneArguments, training: RecFinetuneConfig) ->
             yield (
                 f"accelerator_config has {name}: true, but the rows of every process are planned already; leave it out"
             )
-    if training.row_length is not None and not training.packing:
-        yield f"row_length is {training.row_length}, but packing is false: only packed rows have it; leave one out"
     if arguments.sample_form != "history" or "next_item" not in [name.partition(":")[0] for name in arguments.tasks]:
         return
     if arguments.chat:

@@ -161,6 +161,7 @@ def _config(
         search = {
             "search_template": DEFAULT_SEARCH_TEMPLATE,
             "search_history_template": DEFAULT_HISTORY_SEARCH_TEMPLATE,
+            "max_query_tokens": arguments.max_text_tokens,
         }
     return RecommenderConfig(
         base_model=base,

@@ -83,8 +83,9 @@ class RankingTrainer(CheckpointMixin):
         self.trie = trie
         self.item_metrics = item_metrics
         self.is_encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
-        self._loss_in_head = hands_on_head_output(model)
-        self.plan = None if train_dataset is None else self._make_plan(model, args, train_dataset)
+        with _precision_of(args, model):  # both try the model
+            self._loss_in_head = hands_on_head_output(model)
+            self.plan = None if train_dataset is None else self._make_plan(model, args, train_dataset)
         if self.plan is not None and args.loss_scope != "vocabulary" and not self.plan.samples.has_text_targets:
             _freeze_unread_head(model)
         if args.ddp_find_unused_parameters is None:  # the Trainer's default looks for them with every LoRA
@@ -314,6 +315,12 @@ class RankingTrainer(CheckpointMixin):
         rows = target_positions(labels, encoder_decoder=self.is_encoder_decoder).nonzero()[:, 0]
         sums = torch.zeros(len(labels), 3, device=labels.device)
         return sums.index_add_(0, rows, torch.stack([losses, plain, torch.ones_like(plain)], dim=1))
+
+
+def _precision_of(args: RecFinetuneConfig, model: nn.Module) -> torch.autocast:
+    """The autocast that a run will have: there are kernels that take 16 bits alone."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(next(model.parameters()).device.type, dtype, enabled=args.bf16 or args.fp16)
 
 
 def _freeze_unread_head(model: nn.Module) -> None:

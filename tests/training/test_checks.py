@@ -62,10 +62,6 @@ REFUSED = {
         {"training": {"accelerator_config": {"dispatch_batches": True}}},
         ["accelerator_config", "dispatch_batches"],
     ),
-    "row length without packing": (
-        {"training": {"packing": False, "row_length": 256}},
-        ["row_length is 256", "packing is false", "leave one out"],
-    ),
     "history form in a chat": (
         {"arguments": {"chat": True, "sample_form": "history"}},
         ["sample_form is 'history'", "chat is true", "set sample_form: prefix"],
