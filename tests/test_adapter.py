@@ -366,7 +366,7 @@ def test_merging_a_4_bit_run_takes_the_base_in_full(tiny_model, variant, tmp_pat
     expected = logits(load_adapter(copy.deepcopy(base), tmp_path))
     difference = (logits(run) - expected).abs().max()
     assert difference > 1e-2  # 4 bits are another model
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         merged = merge_quantized(run, copy.deepcopy(base), INPUT_IDS)
     assert not has_code_rows(merged)
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
@@ -387,7 +387,7 @@ def test_a_recommender_of_a_4_bit_run_merges_into_its_base(tmp_path, caplog):
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
     expected = recommender.merge()
     recommender.model = load_adapter(quantized, tmp_path / "saved")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         merged = recommender.merge()
     assert "merging into the base in float32: logits differ" in caplog.text
     input_ids = torch.arange(30)[None] % 20

@@ -18,7 +18,7 @@ def dataset():
 
 
 def test_attributes_follow_their_users(dataset, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         extended = dataset.with_user_columns(PREFERENCES, user_column="who")
     assert extended.user_columns == ("likes", "age")
     assert extended.histories["likes"][:] == [["pens"], ["tea", "tents"], None]

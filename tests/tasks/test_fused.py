@@ -58,7 +58,7 @@ def test_titles_in_and_codes_out(make_source, read, check_lengths):
 
 
 def test_all_three_kinds_as_one(make_source, check_lengths, read, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         samples = fused_samples(make_source())
     assert samples.name == "fused"
     assert len(samples) == samples.num_targets == 4 + 2 + 3
@@ -77,7 +77,7 @@ def test_targets_change_from_epoch_to_epoch(make_source, read):
 
 
 def test_a_kind_whose_column_is_missing_is_left_out(make_source, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         assert len(fused_samples(make_source(columns=("title",)))) == 4 + 2
     assert "fused: the items have no column 'description'; titles only" in caplog.text
     assert len(fused_samples(make_source(columns=("description",)))) == 3

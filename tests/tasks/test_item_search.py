@@ -13,7 +13,7 @@ from llmrec.tasks.item_search import (
 
 
 def test_a_query_alone(make_source, read, check_lengths, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         samples = QuerySamples(make_source())
     assert "item_search: 2 of 5 items have no queries: skipped" in caplog.text
     for number, item in enumerate((0, 1, 4)):

@@ -42,7 +42,7 @@ def test_draws_depend_on_seed_epoch_and_item_alone(make_source):
 
 
 def test_items_without_text_are_skipped_and_counted(make_source, caplog, read):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         samples = item_to_codes_samples(make_source(columns=("title",)))
     assert "item_to_codes: 2 of 5 items have no title and no description: skipped" in caplog.text
     assert [read(sample)[1] for sample in samples] == [CODE_TEXTS[item] for item in (0, 1, 3)]
@@ -63,7 +63,7 @@ def test_a_catalogue_without_texts_is_refused(make_source):
 
 
 def test_long_texts_are_cut(make_source, read, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         samples = item_to_codes_samples(make_source(max_text_tokens=4))
     assert "title: 2 of 3 texts are cut at 4 tokens" in caplog.text
     assert {read(samples.sample(1, epoch))[0] for epoch in range(100)} == fillings(KINDS[:1], title="Blue")

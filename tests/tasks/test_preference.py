@@ -15,7 +15,7 @@ def expected(user, history):
 
 
 def test_history_in_and_preference_out(make_source, read, check_lengths, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         samples = PreferenceSamples(make_source())
     assert "preference: 2 of 5 users have no preference text or no training history: skipped" in caplog.text
     assert len(samples) == samples.num_targets == 3

@@ -43,7 +43,7 @@ def test_one_task_alone(make_task, make_train):
 
 
 def test_all_six_as_one(make_task, make_train, check_lengths, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         samples = build_samples([*TASKS[:1], *(f"{name}:0.5" for name in TASKS[1:])], make_task(), make_train())
     assert len(samples) == 5 + 2 + 2 + round(9 / 2) + 3 + round(3 / 2)
     assert "item_to_codes: 4 samples, weight 0.5" in caplog.text

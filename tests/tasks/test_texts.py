@@ -23,7 +23,7 @@ def test_titles_lose_punctuation_at_their_ends():
 def test_texts_are_kept_by_row(byte_tokenizer, caplog):
     vocabulary = CodeVocabulary.add_to(byte_tokenizer, (2, 3))
     texts = [["red", "blue ink"], [], ["tea"], ["</s>"]]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "llmrec"):
         tokens = tokenize_texts(texts, byte_tokenizer, vocabulary, max_tokens=4, what="queries")
     assert len(tokens) == 4
     assert tokens.counts.tolist() == [2, 0, 1, 0]  # a text of special tokens alone is none
