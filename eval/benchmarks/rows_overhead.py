@@ -6,7 +6,7 @@
 llmrec keeps the rows of new tokens as parameters of their own (`new_rows`): the embedding looks them up beside the
 base matrix, the head writes their columns between those of the base, and they have gradients and an optimiser's state.
 The reference has none of this: the same model with the same LoRA and the code tokens as frozen rows of a resized
-matrix, which is the least a model with these tokens can cost. Both take the same packed rows of Amazon Beauty, compute
+matrix, which is the least a model with these tokens can cost. Both take the same packed row of Amazon Beauty, compute
 the logits of the target positions only and the same loss (cross-entropy over the whole vocabulary), clip, and step
 AdamW, in turn and in one process. With the rows at the same values, the losses must be equal.
 
@@ -30,7 +30,7 @@ import torch
 from generation import is_busy, machine, versions
 from torch import Tensor
 from tqdm.auto import tqdm
-from training import ROW_LENGTH, ROWS
+from training import ROW_LENGTH
 from training_sides import LEARNING_RATE, LORA, TRAINED_WHOLE, Setup, llmrec_model, load_setup
 
 from llmrec.tasks.batch_plan import BatchPlan, PlannedRows
@@ -156,12 +156,11 @@ def trainable_tokens(setup: Setup) -> Model:
     return _with_optimizer(model, [parameter for parameter in rows if parameter.requires_grad], _at_targets)
 
 
-def packed_batch(setup: Setup, *, num_rows: int = ROWS, row_length: int = ROW_LENGTH) -> dict[str, Tensor]:
-    """The first packed rows of the `history` form."""
+def packed_batch(setup: Setup, *, row_length: int = ROW_LENGTH) -> dict[str, Tensor]:
+    """A full packed row of the `history` form."""
     samples = setup.samples("history")
-    rows = PlannedRows(BatchPlan(samples, rows_per_step=num_rows, seed=0, packing=True, row_length=row_length))
-    collate = RowCollator(int(setup.text_tokenizer.pad_token_id or 0), packing=True)
-    return collate([rows[0, row] for row in range(num_rows)])
+    rows = PlannedRows(BatchPlan(samples, rows_per_step=1, seed=0, packing=True, row_length=row_length))
+    return RowCollator(int(setup.text_tokenizer.pad_token_id or 0), packing=True)([rows[0, 0]])
 
 
 @torch.no_grad()
@@ -271,7 +270,7 @@ def main(command_line: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     setup = load_setup(given.model, given.beauty)
     repeats, other_repeats = (4, 1) if given.quick else (given.repeats, 4)
-    batch = packed_batch(setup, num_rows=1 if given.quick else ROWS)
+    batch = packed_batch(setup, row_length=ROW_LENGTH // 4 if given.quick else ROW_LENGTH)
     difference = loss_difference(setup, batch)
     same = difference <= TOLERANCE
     rows = measure(setup, batch, repeats=repeats, other_repeats=other_repeats)
@@ -281,7 +280,7 @@ def main(command_line: list[str] | None = None) -> int:
 
     print(table(rows, show=show))
     print(
-        f"\n{given.model}, {len(batch['input_ids'])} packed rows of {batch['input_ids'].shape[1]} tokens, bfloat16 with float32 rows and LoRA;"
+        f"\n{given.model}, a packed row of {batch['input_ids'].shape[1]} tokens, bfloat16 with float32 rows and LoRA;"
         f" {given.threads} threads on {os.cpu_count()} cores, load average {load:.1f} at the start; median of"
         f" {repeats} pairs of steps. Losses at the same weights in float32 are apart by {difference:.0e}."
     )

@@ -239,7 +239,7 @@ def test_rows_give_the_loss_of_frozen_rows_and_learn(scripts):
     overhead = scripts.overhead
     for tied in (True, False):
         setup = make_setup(scripts, tied=tied)
-        batch = overhead.packed_batch(setup, num_rows=1, row_length=64)
+        batch = overhead.packed_batch(setup, row_length=64)
         assert batch["input_ids"].shape[1] > 50
         assert overhead.loss_difference(setup, batch) < 1e-5
         rows = overhead.with_rows(setup)
