@@ -30,7 +30,7 @@ import torch
 from generation import is_busy, machine, versions
 from torch import Tensor
 from tqdm.auto import tqdm
-from training import ROW_LENGTH
+from training import ROW_LENGTH, ROWS
 from training_sides import LEARNING_RATE, LORA, TRAINED_WHOLE, Setup, llmrec_model, load_setup
 
 from llmrec.tasks.batch_plan import BatchPlan, PlannedRows
@@ -156,7 +156,7 @@ def trainable_tokens(setup: Setup) -> Model:
     return _with_optimizer(model, [parameter for parameter in rows if parameter.requires_grad], _at_targets)
 
 
-def packed_batch(setup: Setup, *, row_length: int = ROW_LENGTH) -> dict[str, Tensor]:
+def packed_batch(setup: Setup, *, row_length: int = ROWS * ROW_LENGTH) -> dict[str, Tensor]:
     """A full packed row of the `history` form."""
     samples = setup.samples("history")
     rows = PlannedRows(BatchPlan(samples, rows_per_step=1, seed=0, packing=True, row_length=row_length))
@@ -270,7 +270,7 @@ def main(command_line: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     setup = load_setup(given.model, given.beauty)
     repeats, other_repeats = (4, 1) if given.quick else (given.repeats, 4)
-    batch = packed_batch(setup, row_length=ROW_LENGTH // 4 if given.quick else ROW_LENGTH)
+    batch = packed_batch(setup, row_length=ROW_LENGTH if given.quick else ROWS * ROW_LENGTH)
     difference = loss_difference(setup, batch)
     same = difference <= TOLERANCE
     rows = measure(setup, batch, repeats=repeats, other_repeats=other_repeats)
