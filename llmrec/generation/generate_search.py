@@ -85,6 +85,9 @@ def generate_search(
             attention_mask=attention_mask,
             generation_config=settings,
             logits_processor=_processors(trie, vocabulary, prompt_length, scope, subset),
+            # Every search takes L steps, so processes that share a model out stay together by themselves. By default
+            # all would be asked at each step, also about a model that one of them has whole.
+            synced_gpus=False,
         )
     tokens = output.sequences[:, prompt_length:]  # [B * K, L]
     if num_beams == 1:  # greedy decoding, which tells the scores of each step and no sum
