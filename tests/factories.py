@@ -105,6 +105,8 @@ def make_trainer(
     from llmrec.vocabulary import CodeVocabulary, add_code_rows
 
     defaults = {
+        "loss_scope": "vocabulary",
+        "code_learning_rate_factor": 1.0,
         "per_device_train_batch_size": 8,
         "max_steps": 4,
         "learning_rate": 0.1,

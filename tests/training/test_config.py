@@ -6,8 +6,9 @@ from llmrec.training.config import RecFinetuneConfig
 
 def test_defaults(tmp_path):
     config = RecFinetuneConfig(output_dir=str(tmp_path))
-    assert config.loss_scope == "vocabulary"
-    assert config.ranking_temperature == config.code_learning_rate_factor == config.code_init_scale == 1.0
+    assert config.loss_scope == "trie"
+    assert config.code_learning_rate_factor == 4.0
+    assert config.ranking_temperature == config.code_init_scale == 1.0
     assert config.average_tokens_across_devices
     assert config.report_to == []
     assert config.prediction_loss_only

@@ -39,6 +39,8 @@ def make_text_tokenizer():
 def make_trainer(folder, *, lora=False, tied=True, dataset=None, evaluation=False, model_settings=None, **settings):
     """A RankingTrainer of a tiny T5, as `factories.make_trainer` makes one of a LLaMA."""
     defaults = {
+        "loss_scope": "vocabulary",
+        "code_learning_rate_factor": 1.0,
         "per_device_train_batch_size": 8,
         "max_steps": 4,
         "learning_rate": 0.01,

@@ -18,6 +18,8 @@ from llmrec.training.trainer import RankingTrainer
 from llmrec.vocabulary import find_code_head
 
 SETTINGS = {
+    "loss_scope": "vocabulary",
+    "code_learning_rate_factor": 1.0,
     "per_device_train_batch_size": 8,
     "max_steps": 8,
     "learning_rate": 0.02,

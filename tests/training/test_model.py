@@ -47,6 +47,8 @@ def prepared(folder, training=None, **settings):
 def trained(folder, output_dir, *, model_settings=None, **settings):
     """A trainer after six steps with weight decay, and copies of all parameters from before."""
     defaults = {
+        "loss_scope": "vocabulary",
+        "code_learning_rate_factor": 1.0,
         "per_device_train_batch_size": 8,
         "max_steps": 6,
         "learning_rate": 1e-2,
