@@ -82,6 +82,7 @@ class RankingTrainer(CheckpointMixin):
         self.vocabulary = vocabulary
         self.trie = trie
         self.item_metrics = item_metrics
+        self._real_token_shares: dict[int, float] = {}
         self.is_encoder_decoder = bool(cast(Any, model).config.is_encoder_decoder)
         with _precision_of(args, model):  # both try the model
             self._loss_in_head = hands_on_head_output(model)
@@ -168,8 +169,10 @@ class RankingTrainer(CheckpointMixin):
         """The Trainer's; beside the training loss stands the share of real tokens in the batches of the epoch."""
         if "loss" in logs and self.plan is not None:
             epoch = max(0, math.ceil(self.state.epoch or 0) - 1)
-            share = self.plan.real_token_share(epoch, batch_size=self.args.train_batch_size)
-            logs["real_token_share"] = round(share, 4)
+            if epoch not in self._real_token_shares:
+                share = self.plan.real_token_share(epoch, batch_size=self.args.train_batch_size)
+                self._real_token_shares[epoch] = round(share, 4)
+            logs["real_token_share"] = self._real_token_shares[epoch]
         super().log(logs, *args, **kwargs)
 
     # A step
@@ -201,7 +204,8 @@ class RankingTrainer(CheckpointMixin):
 
     def _head_for(self, model: nn.Module, labels: Tensor, compute: Any = None) -> Any:
         positions = target_positions(labels, encoder_decoder=self.is_encoder_decoder)
-        return head_mode(model, positions=positions, codes_only=self._codes_only(labels), compute=compute)
+        codes_only = compute is None and self._codes_only(labels)
+        return head_mode(model, positions=positions, codes_only=codes_only, compute=compute)
 
     def _model_inputs(self, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
         """What the forward takes besides: no cache where rows are packed, the shifted targets for a decoder."""
