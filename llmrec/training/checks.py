@@ -66,6 +66,9 @@ def is_item_metric(name: str | None) -> bool:
 
 
 def _wrong_precision(training: RecFinetuneConfig, model_arguments: ModelArguments) -> Iterator[str]:
+    bits = "load_in_4bit" if model_arguments.load_in_4bit else "load_in_8bit" if model_arguments.load_in_8bit else None
+    if bits is not None and importlib.util.find_spec("bitsandbytes") is None:
+        yield f"{bits} is set, but bitsandbytes is not installed: pip install 'llmrec[quantization]', or leave it out"
     if training.fp16 and training.use_cpu:
         yield "fp16 is true and use_cpu is true: CPUs don't train in float16; set bf16: true instead of fp16"
     if training.fp16_full_eval or training.bf16_full_eval:

@@ -86,6 +86,8 @@ def run(path, small, output, *more):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_a_step_of_every_settings_file(path, small, tmp_path):
     arguments, training, model_arguments = parse(["--config", str(path)])
+    if model_arguments.load_in_4bit or model_arguments.load_in_8bit:
+        pytest.importorskip("bitsandbytes")
     recommender, splits, results = run(path, small, tmp_path)
     assert recommender.config.training["steps"] == 1
     assert {result.name for result in results} == {"popularity", "llmrec"}

@@ -176,6 +176,14 @@ def test_a_missing_engine(tmp_path, monkeypatch):
         check_settings(FinetuneArguments(item_tokenizer="letter.yaml"), training, ModelArguments())
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_missing_bitsandbytes(tmp_path, monkeypatch, bits):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(SettingsError, match=rf"{bits} is set.*pip install 'llmrec\[quantization\]'"):
+        check(tmp_path, model={bits: True})
+
+
 def test_all_problems_are_named_at_once(tmp_path):
     with pytest.raises(SettingsError) as caught:
         check(tmp_path, training={"dataloader_drop_last": True, "ignore_data_skip": True})
