@@ -1,7 +1,7 @@
 """Where the rows of the code tokens start: at the mean of the base rows, at titles, or at codebook vectors.
 
-Adapters with new tokens learn nothing useful unless their rows are trained (`llmrec.vocabulary` sees to that); how they
-should start was asked in MiniOneRec's tracker (#51) and not answered. Three answers:
+Adapters with new tokens learn nothing useful unless their rows are trained (`llmrec.vocabulary` sees to that); how
+they should start was asked in MiniOneRec's tracker (#51) and not answered. Three answers:
 
 - "mean": the mean of the base rows with noise of their deviation. `add_code_rows` does it; nothing to do here.
 - "titles": the row of a code is the mean, over the items that carry the code, of what their titles' tokens have in the

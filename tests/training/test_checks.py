@@ -14,6 +14,13 @@ CHOOSES = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, 
 CHOOSES |= {"load_best_model_at_end": True}
 
 
+@pytest.fixture(autouse=True)
+def bitsandbytes_is_installed(monkeypatch):
+    """What is checked here doesn't depend on which extras are."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "bitsandbytes" or find(name))
+
+
 def check(folder, *, arguments=None, training=None, model=None):
     arguments = FinetuneArguments(**{"item_tokenizer": "letter.yaml", **(arguments or {})})
     training = RecFinetuneConfig(output_dir=str(folder), **(training or {}))
