@@ -20,9 +20,10 @@ class RecFinetuneConfig(TrainingArguments):
     unless one is named; the predictions of an evaluation are never gathered, only their losses.
 
     The scope `trie` and 25 times the learning rate for the rows of the codes are the defaults because they came out
-    best with SmolLM2-135M and LoRA on Amazon Beauty. Recall@10 / NDCG@10 of 1,000 validation users after 130 steps (0.14
-    of an epoch, one seed), each model decoded in its own scope: trie x 25 .036 / .0170; x 10 .029 / .0133; x 4 .024 /
-    .0100; x 1 .011 / .0055; vocabulary x 4 .017 / .0071; codes x 4 .012 / .0054. The commands are in recipes/README.md.
+    best with SmolLM2-135M and LoRA on Amazon Beauty. Recall@10 / NDCG@10 of 1,000 validation users after 130 steps
+    (0.14 of an epoch, one seed), each model decoded in its own scope: trie x 25 .036 / .0170; x 10 .029 / .0133; x 4
+    .024 / .0100; x 1 .011 / .0055; vocabulary x 4 .017 / .0071; codes x 4 .012 / .0054. The commands are in
+    recipes/README.md.
     """
 
     output_dir: str = field(default="runs/default", metadata={"help": "Folder of checkpoints and of the result."})
