@@ -112,11 +112,15 @@ def test_all_tasks_and_search(small, tmp_path):
     """Of one run; what is searched for afterwards is answered by the saved recommender."""
     path = ROOT / "recipes" / "office" / "smollm2_lcrec.yaml"
     tasks = ["next_item", "item_to_codes", "codes_to_item:0.5", "fused:2", "item_search", "preference"]
-    recommender, _, _ = run(path, small, tmp_path, "--tasks", *tasks)
+    recommender, _, _ = run(path, small, tmp_path, "--max_text_tokens", "6", "--tasks", *tasks)
     assert recommender.config.training["tasks"] == tasks
     saved = Recommender.from_pretrained(tmp_path / "recommender")
     assert len(saved.search("a soft brush", k=3)) == 3
     assert len(saved.search(["a soft brush", "another"], k=3, history=[["item1"], []])) == 2
+    long = "soft brush number three for daily use and"  # cut after 6 tokens, as in training
+    assert [item.score for item in saved.search(f"{long} me", k=3)] == [
+        item.score for item in saved.search(f"{long} you", k=3)
+    ]
 
 
 def test_split_by_time(small, tmp_path):

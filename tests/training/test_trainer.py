@@ -149,6 +149,19 @@ def test_packing_that_would_leak_is_refused(factories, tmp_path, monkeypatch):
         factories.make_trainer(tmp_path, **PACKED)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_casts_are_left_out_only_where_autocast_undoes_them(factories, tmp_path, bf16):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    trainer = factories.make_trainer(tmp_path, bf16=bf16, max_steps=1)
+    layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    seen = []
+    layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.cast_input_dtype_enabled))
+    trainer.train()
+    assert seen == [not bf16]
+    assert all(layer.cast_input_dtype_enabled for layer in layers)
+
+
 def test_layers_that_carry_a_state_are_not_packed(factories):
     from llmrec.training.packing_check import why_no_packing
 
