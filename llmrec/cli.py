@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from llmrec._version import __version__
-from llmrec.commands import codes, data, embed, evaluate, finetune, fit, info, push, recommend
+from llmrec.commands import codes, data, embed, evaluate, finetune, fit, info, push, recommend, train_joint
 from llmrec.errors import LlmrecError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -23,11 +23,13 @@ COMMANDS: dict[str, ModuleType] = {
     "fit": fit,
     "codes": codes,
     "finetune": finetune,
+    "train-joint": train_joint,
     "evaluate": evaluate,
     "recommend": recommend,
     "push": push,
     "info": info,
 }
+PASSING_ON = ("finetune", "train-joint")  # what these don't know are settings of the run
 BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a command that SIGPIPE ended
@@ -97,7 +99,7 @@ def _parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         )
         module.add_arguments(of_command)
     arguments, passed_on = parser.parse_known_args(command_line)
-    if passed_on and arguments.command != "finetune":
+    if passed_on and arguments.command not in PASSING_ON:
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(passed_on)}")
     arguments.passed_on = passed_on
     return arguments

@@ -14,6 +14,7 @@ from llmrec.data.recommendation import as_histories
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError, SettingsError
 from llmrec.generation.item_sets import ItemSet
+from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.processes import device_of
 from llmrec.recommendation.catalogue import Catalogue, NewItems
 from llmrec.recommendation.catalogue_search import CatalogueSearch
@@ -24,6 +25,7 @@ from llmrec.recommender_parts import RecommenderParts
 from llmrec.tasks.item_search import SearchPrompts
 
 if TYPE_CHECKING:
+    from llmrec.item_tokenizers.base import ItemTokenizer
     from llmrec.recommendation.batch import BatchSummary
 
 logger = logging.getLogger(__name__)
@@ -267,7 +269,8 @@ class Recommender(RecommenderParts):
                 `np.asarray(recommender.items["category"]) == "soap"`.
 
         Returns:
-            The set. It belongs to the catalogue as it is: after `add_items` or `remove_items` it is refused.
+            The set. It belongs to the catalogue as it is: after `add_items`, `remove_items` or `replace_codes` it is
+            refused.
 
         Raises:
             DataError, UnknownItemError: As for `recommend`.
@@ -343,6 +346,36 @@ class Recommender(RecommenderParts):
             self._swap(self._catalogue.without_items(removed[0]))
             after = len(self._catalogue)
         logger.info("removed %d items; the catalogue has %d", before - after, after)
+
+    def replace_codes(self, semantic_ids: SemanticIds, item_tokenizer: "ItemTokenizer | None" = None) -> None:
+        """Gives all items other codes, for training in which codes change.
+
+        A model that was trained on other codes must be trained on: to it these codes are other items. All or nothing,
+        as `add_items`; calls to `recommend` that are under way end with the codes they started with, and item sets
+        that were made before are refused.
+
+        Args:
+            semantic_ids: Of the items of the catalogue in its order, from codebooks of the same sizes.
+            item_tokenizer: What made them, which `add_items` will encode with; None keeps the one that is there (one
+                that is trained in place knows of it already).
+
+        Raises:
+            ItemOrderError: The codes are about other items, or in another order.
+            SettingsError: The codebooks have other sizes, or the item tokenizer makes codes of other sizes.
+        """
+        if item_tokenizer is not None:
+            sizes = semantic_ids.codebook_sizes
+            of_items = sizes[:-1] if semantic_ids.policy == "extra_level" else sizes
+            if item_tokenizer.codebook_sizes not in (sizes, of_items):
+                raise SettingsError(
+                    f"the item tokenizer has codebooks of sizes {item_tokenizer.codebook_sizes}, the semantic IDs"
+                    f" {sizes} (policy {semantic_ids.policy}): pass the item tokenizer that made these codes"
+                )
+        with self._changes:
+            self._swap(self._catalogue.with_codes(semantic_ids))
+            if item_tokenizer is not None:
+                self.item_tokenizer = item_tokenizer
+        logger.info("replaced the codes of %d items (%s)", len(semantic_ids), semantic_ids.report or "as given")
 
     def _swap(self, catalogue: Catalogue) -> None:
         """Makes a catalogue the one that calls start with, when all is ready."""

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import logging
 import os
@@ -101,7 +102,7 @@ print(sorted({"torch", "transformers", "numpy", "datasets", "pyarrow"} & set(sys
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     *commands, heavy = done.stdout.splitlines()
-    assert len(commands) == len(cli.COMMANDS) + 2 == 11
+    assert len(commands) == len(cli.COMMANDS) + 2 == 12
     assert all(line.endswith("True True") for line in commands), commands
     assert heavy == "[]"
 
@@ -324,28 +325,33 @@ def test_fit_and_info(run, fails, dataset, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-# finetune
+# finetune, train-joint
 
 
-def test_finetune_hands_over_to_accelerate(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "module"), [("finetune", "llmrec.training.finetune"), ("train-joint", "llmrec.training.joint_run")]
+)
+def test_what_trains_hands_over_to_accelerate(monkeypatch, tmp_path, command, module):
     became = []
     monkeypatch.setattr(os, "execv", lambda program, words: became.append(words))
     config, devices = tmp_path / "run.yaml", tmp_path / "ddp.yaml"
     config.touch()
     devices.touch()
     passed_on = ["--max_steps", "50", "--learning_rate", "1e-4", "--bf16", "--template", "-: {history}"]
-    words = ["finetune", "--max_steps", "50", "--accelerate_config", str(devices), "--config", str(config)]
+    words = [command, "--max_steps", "50", "--accelerate_config", str(devices), "--config", str(config)]
     assert cli.main([*words, *passed_on[2:]]) == 0
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(devices)]
-    assert became == [[*launcher, "-m", "llmrec.training.finetune", "--config", str(config), *passed_on]]
+    assert became == [[*launcher, "-m", module, "--config", str(config), *passed_on]]
+    assert importlib.util.find_spec(module)
 
 
-def test_finetune_refuses_early(monkeypatch, fails, tmp_path):
+@pytest.mark.parametrize("command", ["finetune", "train-joint"])
+def test_what_trains_refuses_early(monkeypatch, fails, tmp_path, command):
     monkeypatch.setattr(os, "execv", lambda program, words: pytest.fail("started"))
-    assert "--config" in fails("finetune", "--max_steps", "3")
-    assert "no settings file" in fails("finetune", "--config", tmp_path / "none.yaml")
+    assert "--config" in fails(command, "--max_steps", "3")
+    assert "no settings file" in fails(command, "--config", tmp_path / "none.yaml")
     (tmp_path / "run.yaml").touch()
-    line = fails("finetune", "--config", tmp_path / "run.yaml", "--accelerate_config", tmp_path / "none.yaml")
+    line = fails(command, "--config", tmp_path / "run.yaml", "--accelerate_config", tmp_path / "none.yaml")
     assert "none.yaml" in line
 
 

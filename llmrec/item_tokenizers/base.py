@@ -46,9 +46,9 @@ class QuantizedItems:
     semantic_ids: SemanticIds
     geometry: CodeGeometry | None
 
-    def make_unique(self, policy: str = "min_cost") -> SemanticIds:
+    def make_unique(self, policy: str = "min_cost", *, counter_size: int | None = None) -> SemanticIds:
         """See `SemanticIds.make_unique`."""
-        return self.semantic_ids.make_unique(policy, geometry=self.geometry)
+        return self.semantic_ids.make_unique(policy, geometry=self.geometry, counter_size=counter_size)
 
 
 class ItemTokenizer(ABC):

@@ -18,6 +18,7 @@ from llmrec.item_tokenizers.uniqueness import CodeGeometry, mixed_radix_keys, oc
 
 GREEDY_ABOVE = 512  # items of a prefix; above, optimal assignment (cubic) gives way to greedy
 BLOCK_DISTANCES = 2**21  # distances that are held at a time: 16 MB
+_NOTHING = np.zeros(0, dtype=np.int64)  # no keys are taken
 
 
 def assign_min_cost(
@@ -51,19 +52,54 @@ def assign_min_cost(
     Raises:
         SettingsError: More items than code tuples.
     """
-    taken = np.zeros(0, dtype=np.int64) if taken is None else taken
+    taken = _NOTHING if taken is None else taken
     if len(codes) + len(taken) > prod(sizes):
         raise SettingsError(
             f"{len(codes) + len(taken):,} items can't have codes of their own: codebook sizes {list(sizes)} give"
             f" {prod(sizes):,} tuples; use larger codebooks or more levels, or the policy extra_level"
         )
     codes = np.array(codes, dtype=np.int32)
-    by_key = _sorted_by_key(codes, sizes)
-    for level in range(len(sizes) - 1):
-        if _make_room(codes, sizes, level, geometry, by_key, taken):
-            by_key = _sorted_by_key(codes, sizes)
+    by_key = _make_room_everywhere(codes, sizes, geometry, taken)
     _separate(codes, sizes, geometry, by_key, taken)
     return codes
+
+
+def assign_fixed_counters(
+    codes: np.ndarray, sizes: Sequence[int], counter_size: int, geometry: CodeGeometry | None
+) -> np.ndarray:
+    """Appends a counter with a fixed number of codes: the number of the item among those with equal codes.
+
+    For codes that are made anew again and again while a language model has rows for so many counters (ETEGRec, whose
+    released code stops with an error where a group is larger). Here the items that are too many move: of an overfull
+    group those that lose least, each to the nearest sibling prefix with room, as in `assign_min_cost`, and from the
+    first level down, so that it succeeds whenever there are no more items than tuples. Without geometry the last ones
+    move, to the lowest siblings with room. Counters are given after that, in row order.
+
+    Args:
+        codes: int [N, L].
+        sizes: Codebook sizes, length L; their product times `counter_size` below 2**63.
+        counter_size: Codes of the counter, at least 1.
+        geometry: Vectors of these N items and of the codes, or None.
+
+    Returns:
+        int32 [N, L + 1], no two rows equal. Where no group has more than `counter_size` items the first L are those
+        given.
+
+    Raises:
+        SettingsError: More items than code tuples.
+    """
+    with_counter = (*sizes, counter_size)
+    if len(codes) > prod(with_counter):
+        raise SettingsError(
+            f"{len(codes):,} items can't have codes of their own: codebook sizes {list(sizes)} and a counter of"
+            f" {counter_size} give {prod(with_counter):,} tuples; raise counter_size, or use larger codebooks or more"
+            " levels"
+        )
+    counted = np.zeros((len(codes), len(with_counter)), dtype=np.int32)
+    counted[:, :-1] = codes
+    _make_room_everywhere(counted, with_counter, geometry, _NOTHING)
+    counted[:, -1] = occurrence_numbers(mixed_radix_keys(counted, sizes))
+    return counted
 
 
 def assign_counters(codes: np.ndarray, sizes: Sequence[int], taken: np.ndarray) -> np.ndarray:
@@ -118,6 +154,17 @@ def _count_within(ascending: np.ndarray, starts: np.ndarray, length: int) -> np.
     return np.searchsorted(ascending, starts + length) - np.searchsorted(ascending, starts)
 
 
+def _make_room_everywhere(
+    codes: np.ndarray, sizes: Sequence[int], geometry: CodeGeometry | None, taken: np.ndarray
+) -> _ByKey:
+    """Moves items, in place, until no prefix of any length has more items than tuples below it; the new order."""
+    by_key = _sorted_by_key(codes, sizes)
+    for level in range(len(sizes) - 1):
+        if _make_room(codes, sizes, level, geometry, by_key, taken):
+            by_key = _sorted_by_key(codes, sizes)
+    return by_key
+
+
 def _make_room(
     codes: np.ndarray,
     sizes: Sequence[int],
@@ -170,7 +217,8 @@ def _relocate(
     Args:
         codes: int32 [N, L].
         rows: The items of the overfull codes.
-        level: Level of the code that changes; all later ones are chosen anew.
+        level: Level of the code that changes; all later ones are chosen anew, save for a counter, which has no
+            vectors.
         used: Items at each code, int [K].
         capacity: Items that a code may have.
         geometry: Distances.
@@ -186,7 +234,7 @@ def _relocate(
     sources = codes[in_order, level]
     moving = in_order[occurrence_numbers(sources) < (used - capacity)[sources]]
     codes[moving, level] = _take_nearest(codes, moving, level, room, geometry)
-    for later in range(level + 1, codes.shape[1]):
+    for later in range(level + 1, len(geometry.codebooks)):
         for some, distances in _distance_blocks(codes, moving, later, geometry):
             codes[some, later] = distances.argmin(1)
 

@@ -261,6 +261,39 @@ def fit_from_settings(
     return fitted
 
 
+def embeddings_of(
+    settings: FitSettings,
+    dataset: InteractionDataset,
+    folder: str | Path,
+    *,
+    processes: Processes | None = None,
+) -> dict[str, ItemEmbeddings]:
+    """The embeddings that a settings file names, for an item tokenizer that is fitted already.
+
+    Args:
+        settings: Those that the item tokenizer was fitted by. Its method and its own settings aren't looked at.
+        dataset: The same catalogue and, where a collaborative model is among the sources, the same interactions.
+        folder: What `fit_from_settings` wrote into. A collaborative model in it that was trained with the same
+            settings on the same data is loaded; otherwise one is trained and saved there. Vectors of another training
+            lie in another space than those that the item tokenizer knows: keep the folder.
+        processes: Who shares the work; all of them call this. None: this one alone.
+
+    Returns:
+        Modality to embeddings, in the order of the catalogue.
+
+    Raises:
+        SettingsError: The settings name no embeddings.
+        MissingPartError: A file of embeddings isn't there.
+    """
+    sources = settings.sources()
+    if not sources:
+        raise SettingsError(
+            f"these settings of {settings.method!r} name no embeddings, so there is nothing to encode: pass the"
+            " settings file that the item tokenizer was fitted by, or set embeddings"
+        )
+    return make_embeddings(sources, dataset, Path(folder), processes=processes, resume=True)
+
+
 @contextlib.contextmanager
 def trackers(names: Sequence[str], folder: Path, processes: Processes) -> Iterator[Monitor | None]:
     """Accelerate's trackers as a monitor of `ItemTokenizer.fit`; None where none are named.

@@ -21,7 +21,7 @@ from llmrec.item_tokenizers.quantizers import (
     ResidualUpdate,
     squared_error,
 )
-from llmrec.item_tokenizers.trained import TrainedTokenizer, mean_and_scale, sample_rows
+from llmrec.item_tokenizers.trained import AlignedVectors, TrainedTokenizer, mean_and_scale, sample_rows
 from llmrec.processes import Processes
 
 
@@ -248,6 +248,19 @@ class RQVAETokenizer(TrainedTokenizer):
     def codebooks(self, module: RQVAE) -> list[torch.Tensor]:
         """See `TrainedTokenizer`."""
         return list(module.quantizer.codebooks)
+
+    def aligned_vectors(self, module: RQVAE, items: ItemBatch) -> AlignedVectors:
+        """See `TrainedTokenizer`: `restored` is what the decoder writes.
+
+        That is in standardised space, where the config says `standardize`. (ETEGRec's authors don't standardise.)
+        """
+        latents = self.latents(module, items)
+        return AlignedVectors(latents, module.decoder(module.quantizer(latents, balanced=False).vectors))
+
+    def restored_width(self, module: RQVAE) -> int:
+        """D, the width of the decoder's outputs and of the text embeddings."""
+        last: Any = module.decoder[-1]
+        return int(last.out_features)
 
     def start(self, module: RQVAE, vectors: ItemVectors, processes: Processes) -> None:
         """Sets the scaling of inputs, and lets the codebooks start from the latents of (a sample of) the items."""

@@ -7,7 +7,7 @@ which token IDs they get in a language model (`llmrec.vocabulary`).
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import compress, pairwise
 from math import prod
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from llmrec.data.item_order import ItemIndex, check_item_order
 from llmrec.errors import DataError, MissingPartError, SettingsError
 from llmrec.files import atomic_file, check_format
-from llmrec.item_tokenizers.code_assignment import assign_counters, assign_min_cost
+from llmrec.item_tokenizers.code_assignment import assign_counters, assign_fixed_counters, assign_min_cost
 from llmrec.item_tokenizers.index_files import read_index
 from llmrec.item_tokenizers.uniqueness import (
     CodeGeometry,
@@ -190,7 +190,9 @@ class SemanticIds:
         """The code tokens of an item: `["<a_12>", "<b_7>", ...]`."""
         return [code_token(level, int(code)) for level, code in enumerate(self.codes[row])]
 
-    def make_unique(self, policy: str = "min_cost", *, geometry: CodeGeometry | None = None) -> "SemanticIds":
+    def make_unique(
+        self, policy: str = "min_cost", *, geometry: CodeGeometry | None = None, counter_size: int | None = None
+    ) -> "SemanticIds":
         """Gives every item codes of its own, by a named policy. Deterministic.
 
         `"min_cost"` (the default) keeps every prefix and moves colliding items to last-level codes that are free
@@ -204,12 +206,19 @@ class SemanticIds:
             policy: One of the four.
             geometry: Vectors of items and codes, as the item tokenizer gives them. Without it (published index
                 files) min_cost has no distances: it changes as few codes as possible, see `assign_min_cost`.
+            counter_size: For "extra_level": how many codes the counter has, whatever the largest group is, for a
+                model whose vocabulary is there already. Of larger groups the items that lose least move to the nearest
+                prefix with room (`assign_fixed_counters`), and a warning says how many. None: as many as the largest
+                group has items. The other policies have no counter and don't look at it.
 
         Raises:
-            SettingsError: Unknown policy; "sinkhorn" without geometry; more items than code tuples.
+            SettingsError: Unknown policy; "sinkhorn" without geometry; more items than code tuples; a counter of no
+                codes, or of fewer than the codes have already.
         """
         if policy not in POLICIES:
             raise SettingsError(f"unknown uniqueness policy {policy!r}; known: {', '.join(POLICIES)}")
+        if policy == "extra_level" and counter_size is not None:
+            return self._with_counter_of(counter_size, geometry)
         if policy == "extra_level" == self.policy:
             return self
         sizes = self.codebook_sizes
@@ -228,6 +237,31 @@ class SemanticIds:
             codes = repair_with_sinkhorn(self.codes, sizes, geometry)
         report = UniquenessReport.measure(policy, self.codes, codes, sizes, geometry)
         return SemanticIds(self.item_ids, codes, sizes, policy, report)
+
+    def _with_counter_of(self, size: int, geometry: CodeGeometry | None) -> "SemanticIds":
+        """Under "extra_level", with a counter of exactly so many codes."""
+        if size < 1:
+            raise SettingsError(f"counter_size is {size}: the counter needs a code at least, 256 is ETEGRec's")
+        if self.policy == "extra_level":
+            largest = int(self.codes[:, -1].max(initial=-1))
+            if largest >= size:
+                raise SettingsError(
+                    f"counter_size is {size}, but these codes have counters up to {largest}: raise it, or make the"
+                    " codes before the counter unique anew"
+                )
+            return replace(self, codebook_sizes=(*self.codebook_sizes[:-1], size))
+        sizes = (*self.codebook_sizes, size)
+        _check_keys_fit(sizes)
+        codes = assign_fixed_counters(self.codes, self.codebook_sizes, size, geometry)
+        moved = int((codes[:, :-1] != self.codes).any(axis=1).sum())
+        if moved:
+            logger.warning(
+                "%s of %s items share their codes with more others than a counter of %d tells apart, and moved to the"
+                " %s codes with room: a larger counter_size, or an item tokenizer that collides less, lets them stay",
+                f"{moved:,}", f"{self.num_items:,}", size, "lowest" if geometry is None else "nearest",
+            )  # fmt: skip
+        report = UniquenessReport.measure("extra_level", self.codes, codes, sizes, geometry)
+        return SemanticIds(self.item_ids, codes, sizes, "extra_level", report)
 
     def append(
         self,
@@ -414,8 +448,12 @@ class SemanticIds:
         return semantic_ids.make_unique(policy)
 
     def _check_keys_fit(self) -> None:
-        if prod(self.codebook_sizes) > MAX_KEY:
-            raise SettingsError(
-                f"codebook sizes {list(self.codebook_sizes)} allow {prod(self.codebook_sizes):.3g} tuples, more than a"
-                f" 64-bit key holds ({MAX_KEY:.3g}); use fewer levels or smaller codebooks"
-            )
+        _check_keys_fit(self.codebook_sizes)
+
+
+def _check_keys_fit(sizes: tuple[int, ...]) -> None:
+    if prod(sizes) > MAX_KEY:
+        raise SettingsError(
+            f"codebook sizes {list(sizes)} allow {prod(sizes):.3g} tuples, more than a 64-bit key holds"
+            f" ({MAX_KEY:.3g}); use fewer levels or smaller codebooks"
+        )

@@ -7,7 +7,7 @@ brings its network, its losses and where its latents and codebooks are. Methods 
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,24 @@ from llmrec.item_tokenizers.uniqueness import CodeGeometry
 from llmrec.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AlignedVectors:
+    """The two places at which an item tokenizer meets a recommender that is trained with it.
+
+    What ETEGRec (arXiv 2409.05546) calls z in the space of the codes, and z-tilde.
+
+    Attributes:
+        latents: float [B, d], what is quantised: sequence-item alignment compares the codes that it leads to. Its
+            gradient goes to the encoder.
+        restored: float [B, D], what preference-semantic alignment compares: the reconstruction where there is a
+            decoder, else the quantised vector. Its gradient goes to the decoder and, straight through the codes, to
+            the encoder; never to the codebooks.
+    """
+
+    latents: torch.Tensor
+    restored: torch.Tensor
 
 
 class TrainedTokenizer(ItemTokenizer):
@@ -51,6 +69,29 @@ class TrainedTokenizer(ItemTokenizer):
     @abstractmethod
     def codebooks(self, module: Any) -> Sequence[torch.Tensor]:
         """Code vectors of each level, float [K_l, d]; the parameters themselves."""
+
+    def aligned_vectors(self, module: Any, items: ItemBatch) -> AlignedVectors:
+        """What joint training aligns with the recommender, with gradients; codes are the nearest, never balanced.
+
+        Here for methods without a decoder: `restored` is the sum of the item's code vectors, and its gradient that of
+        the latents. Methods with a decoder give their reconstruction.
+
+        Args:
+            module: The network, in either mode: neither dropout nor Sinkhorn makes a difference here.
+            items: B items, of the modalities that `encode` needs; on the module's device.
+
+        Returns:
+            Latents [B, d] and restored vectors [B, D], D as `restored_width` says.
+        """
+        latents, codebooks = self.latents(module, items), self.codebooks(module)
+        codes = residual_codes(latents, codebooks)
+        pairs = zip(codebooks, codes.T, strict=True)
+        quantised = torch.stack([codebook[chosen] for codebook, chosen in pairs]).sum(0)
+        return AlignedVectors(latents, latents + (quantised - latents).detach())
+
+    def restored_width(self, module: Any) -> int:
+        """D, the width of `AlignedVectors.restored`: here that of the codes."""
+        return int(self.codebooks(module)[0].shape[1])
 
     def code_vectors(self) -> tuple[np.ndarray, ...]:
         """See `ItemTokenizer`."""

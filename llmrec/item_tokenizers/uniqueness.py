@@ -68,11 +68,11 @@ class UniquenessReport:
         collisions_before: N minus the number of different tuples, before. For items that were appended: how many of
             them would not have added a tuple.
         collisions_after: The same after; above 0 only for "sinkhorn" and "allow".
-        moved: Items with a changed code ("extra_level": with a counter above 0).
+        moved: Items with a changed code ("extra_level": or with a counter above 0).
         distortion_before: Mean squared distance between the latents of the moved items and their codes, before; None
             without geometry, or where nothing moved.
-        distortion_after: The same after. Equal for "extra_level": a counter stands for no vector, it costs nothing but
-            the token.
+        distortion_after: The same after. Equal for "extra_level" where no group was larger than the counter: it stands
+            for no vector, and costs nothing but the token.
     """
 
     policy: str
@@ -105,7 +105,7 @@ class UniquenessReport:
         """
         levels = before.shape[1]
         if after.shape[1] > levels:
-            moved = np.flatnonzero(after[:, levels])
+            moved = np.flatnonzero((after[:, levels] > 0) | (before != after[:, :levels]).any(axis=1))
         elif after is before:
             moved = np.zeros(0, dtype=np.int64)
         else:

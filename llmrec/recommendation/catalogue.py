@@ -154,6 +154,29 @@ class Catalogue:
             self.trie.remove(rows),
         )
 
+    def with_codes(self, semantic_ids: SemanticIds) -> "Catalogue":
+        """Another catalogue of the same items, with other codes from codebooks of the same sizes. This one stays.
+
+        Nothing of the old codes is left in it: trie, prompts, item sets and what was copied to devices are new.
+
+        Args:
+            semantic_ids: Of these items, in this order; under any policy.
+
+        Raises:
+            ItemOrderError: They are about other items, or in another order.
+            SettingsError: The codebooks have other sizes.
+        """
+        check_item_order(self.semantic_ids.item_ids, semantic_ids.item_ids, "the new semantic IDs")
+        sizes = self.semantic_ids.codebook_sizes
+        if semantic_ids.codebook_sizes != sizes:
+            raise SettingsError(
+                f"the new semantic IDs have codebooks of sizes {semantic_ids.codebook_sizes}, the catalogue {sizes},"
+                " and the model knows tokens for these alone: encode with the same settings (under the policy"
+                " extra_level pass make_unique the counter_size)"
+            )
+        task, trie = self.task.with_semantic_ids(semantic_ids), ItemTrie.from_semantic_ids(semantic_ids)
+        return Catalogue(semantic_ids, self.items, task, self.item_index, trie)
+
     def item_table(self, items: NewItems) -> pa.Table:
         """New items in the columns and types of this catalogue.
 

@@ -219,6 +219,17 @@ class NextItemSamples(TaskSamples):
             return self.task.prefix_sample(items[:-1], int(items[-1]), template)
         return self.task.history_sample(items, num_targets, template)
 
+    def targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is learned: the number of the sample and the catalogue row of each target, int64 [num_targets] each.
+
+        Sample after sample, and within a sample in the order of its tokens.
+        """
+        counts = self._sequences.num_targets
+        ends = self._sequences.starts + self._sequences.lengths
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.asarray(self._sequences.flat_items)[np.repeat(ends - counts, counts) + within]
+        return np.repeat(np.arange(len(self)), counts), rows.astype(np.int64)
+
     def _draw_templates(self, epoch: int) -> np.ndarray:
         seed = 0 if self._seed is None else self._seed
         return draws(seed, epoch, len(self), len(self._template_lengths), stream="next_item template")

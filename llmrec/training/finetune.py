@@ -8,6 +8,7 @@ files.
 import copy
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llmrec.recommender_folder import RecommenderConfig
 from llmrec.tasks.base import TaskSamples
 from llmrec.tasks.item_search import DEFAULT_HISTORY_SEARCH_TEMPLATE, DEFAULT_SEARCH_TEMPLATE
 from llmrec.tasks.item_search import NAME as SEARCH
-from llmrec.tasks.next_item import TEMPLATES, NextItemTask, evaluation_samples
+from llmrec.tasks.next_item import TEMPLATES, NextItemSamples, NextItemTask, evaluation_samples
 from llmrec.tasks.registry import build_samples, check_columns, read_tasks
 from llmrec.tasks.source import TextColumns
 from llmrec.tiny_model import build, is_built_in
@@ -66,7 +67,24 @@ def finetune(
 
     check_settings(arguments, training, model_arguments)
     state: PartialState = PartialState()
-    push, training.push_to_hub = training.push_to_hub, False  # the Trainer would push checkpoints
+    push = take_push(arguments, training, model_arguments)
+    with state.main_process_first(), loaded_whole():
+        splits = prepare_data(arguments)
+        check_columns(arguments.tasks, splits.dataset, _columns(arguments))
+        codes = prepare_item_codes(arguments, splits.dataset, item_codes_folder(training))
+        model_arguments = prepare_base_model(training, model_arguments, splits)
+    recommender = untrained_recommender(arguments, training, model_arguments, splits, codes)
+    trainer = train(recommender, splits, training, arguments)
+    return finish(recommender, trainer, splits, codes, arguments, model_arguments, push=push)
+
+
+def take_push(arguments: FinetuneArguments, training: RecFinetuneConfig, model_arguments: ModelArguments) -> bool:
+    """Whether the result is to be pushed; the Trainer, which would push checkpoints, is told that it isn't.
+
+    Raises:
+        SettingsError: An adapter would be pushed whose base model only this machine has.
+    """
+    push, training.push_to_hub = bool(training.push_to_hub), False
     base = str(model_arguments.model_name_or_path)
     if (
         push
@@ -75,20 +93,62 @@ def finetune(
         and (is_built_in(base) or Path(base).is_dir())
     ):
         raise SettingsError(f"push_to_hub of an adapter on {base!r}, which nobody else has: set merge as well")
-    output_folder = Path(str(training.output_dir))
-    with state.main_process_first(), loaded_whole():
-        splits = prepare_data(arguments)
-        check_columns(arguments.tasks, splits.dataset, _columns(arguments))
-        codes = prepare_item_codes(arguments, splits.dataset, output_folder / ITEM_TOKENIZER_STAGE)
-        if is_built_in(base):
-            folder = output_folder / "base_model"
-            if state.is_main_process:  # always anew: of another data set or seed it would be another model
-                build(base, splits.dataset.titles, folder, seed=training.seed)
-            model_arguments = dataclasses.replace(model_arguments, model_name_or_path=str(folder))
-    recommender = untrained_recommender(arguments, training, model_arguments, splits, codes)
-    trainer = train(recommender, splits, training, arguments)
+    return push
+
+
+def item_codes_folder(training: RecFinetuneConfig) -> Path:
+    """Where the item tokenizer of a run is kept."""
+    return Path(str(training.output_dir)) / ITEM_TOKENIZER_STAGE
+
+
+def prepare_base_model(
+    training: RecFinetuneConfig, model_arguments: ModelArguments, splits: DatasetSplits
+) -> ModelArguments:
+    """Builds a built-in base model under the output folder, on the main process; the settings then name its folder."""
+    from accelerate import PartialState
+
+    state: PartialState = PartialState()
+    base = str(model_arguments.model_name_or_path)
+    if not is_built_in(base):
+        return model_arguments
+    folder = Path(str(training.output_dir)) / "base_model"
+    if state.is_main_process:  # always anew: of another data set or seed it would be another model
+        build(base, splits.dataset.titles, folder, seed=training.seed)
+    return dataclasses.replace(model_arguments, model_name_or_path=str(folder))
+
+
+def finish(
+    recommender: Recommender,
+    trainer: RankingTrainer,
+    splits: DatasetSplits,
+    codes: ItemCodes,
+    arguments: FinetuneArguments,
+    model_arguments: ModelArguments,
+    *,
+    push: bool,
+    described: dict[str, Any] | None = None,
+) -> tuple[Recommender, DatasetSplits, list[EvaluationResult]]:
+    """Evaluates what was trained, saves it, and pushes it where that is wanted. All processes call it.
+
+    Args:
+        recommender: With the trainer's model.
+        trainer: After the training.
+        splits: Its data.
+        codes: Of the recommender, and what made them.
+        arguments: Of data and evaluation.
+        model_arguments: Of the model.
+        push: Whether to push.
+        described: Further settings for the model card.
+
+    Returns:
+        As `finetune`.
+    """
+    from accelerate import PartialState
+
+    state: PartialState = PartialState()
+    training, output_folder = trainer.args, item_codes_folder(trainer.args).parent
     recommender.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    settings = _describe_training(trainer, codes, arguments, model_arguments)
+    settings = {**_describe_training(trainer, codes, arguments, model_arguments), **(described or {})}
     recommender.config = dataclasses.replace(recommender.config, training=settings)
     trained_sasrec = output_folder / ITEM_TOKENIZER_STAGE / "sasrec"
     sasrec = arguments.sasrec or (trained_sasrec if trained_sasrec.is_dir() else None)
@@ -202,15 +262,41 @@ def _columns(arguments: FinetuneArguments) -> TextColumns:
 
 
 def train(
-    recommender: Recommender, splits: DatasetSplits, training: RecFinetuneConfig, arguments: FinetuneArguments
+    recommender: Recommender,
+    splits: DatasetSplits,
+    training: RecFinetuneConfig,
+    arguments: FinetuneArguments,
+    *,
+    start_from: Path | None = None,
 ) -> RankingTrainer:
     """Trains a recommender's model, from the beginning or from a checkpoint.
 
     `resume_from_checkpoint` is a folder, or "latest": the newest whole checkpoint under the output folder, if there is
     one. Each evaluation computes the validation loss, and item metrics where `validation_recommendations` asks for
-    them.
+    them. `start_from` is a file of weights that are put in the place of the model's when the engine is there.
     """
     task = recommender.task
+    eval_samples, item_metrics = validation_of(recommender, splits, arguments)
+    trainer = RankingTrainer(
+        recommender.model,
+        training,
+        vocabulary=recommender.vocabulary,
+        text_tokenizer=recommender.text_tokenizer,
+        train_dataset=training_tasks(task, splits, arguments, seed=training.seed),
+        eval_dataset=eval_samples,
+        trie=ItemTrie.from_semantic_ids(recommender.semantic_ids),
+        item_metrics=item_metrics,
+        callbacks=early_stopping(arguments),
+    )
+    trainer.start_from = start_from
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    return trainer
+
+
+def validation_of(
+    recommender: Recommender, splits: DatasetSplits, arguments: FinetuneArguments
+) -> tuple[NextItemSamples, ItemMetrics | None]:
+    """What each evaluation during training reads: samples for the loss, and item metrics where they are wanted."""
     validation = splits.validation
     if arguments.validation_examples is not None:
         validation = validation.sample(arguments.validation_examples)
@@ -218,22 +304,13 @@ def train(
     if arguments.validation_recommendations:
         examples = splits.validation.sample(arguments.validation_recommendations)
         item_metrics = ItemMetrics(recommender, examples, splits.dataset)
-    callbacks: list[TrainerCallback] = []
-    if arguments.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
-    trainer = RankingTrainer(
-        recommender.model,
-        training,
-        vocabulary=recommender.vocabulary,
-        text_tokenizer=recommender.text_tokenizer,
-        train_dataset=training_tasks(task, splits, arguments, seed=training.seed),
-        eval_dataset=evaluation_samples(task, validation),
-        trie=ItemTrie.from_semantic_ids(recommender.semantic_ids),
-        item_metrics=item_metrics,
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    return trainer
+    return evaluation_samples(recommender.task, validation), item_metrics
+
+
+def early_stopping(arguments: FinetuneArguments) -> list[TrainerCallback]:
+    """The callback that stops a run, where there is to be one."""
+    patience = arguments.early_stopping_patience
+    return [EarlyStoppingCallback(patience)] if patience else []
 
 
 def evaluate_all(
@@ -312,6 +389,19 @@ def run(command_line: list[str]) -> None:
     A setting that doesn't exist, and anything else that llmrec refuses, ends with one line on standard error and exit
     status 2.
     """
+    run_reported(finetune, lambda: parse(command_line))
+
+
+def run_reported(
+    train: Callable[[Any, RecFinetuneConfig, ModelArguments], Any],
+    settings: Callable[[], tuple[Any, RecFinetuneConfig, ModelArguments]],
+) -> None:
+    """Runs a training as `run` does.
+
+    Args:
+        train: `finetune`, or a training with the same arguments and results.
+        settings: Gives its arguments.
+    """
     import sys
 
     from llmrec.errors import LlmrecError
@@ -320,8 +410,8 @@ def run(command_line: list[str]) -> None:
     for chatty in ("httpx", "datasets", "deepspeed", "DeepSpeed", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        arguments, training, model_arguments = parse(command_line)
-        recommender, splits, results = finetune(arguments, training, model_arguments)
+        arguments, training, model_arguments = settings()
+        recommender, splits, results = train(arguments, training, model_arguments)
     except LlmrecError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -329,15 +419,23 @@ def run(command_line: list[str]) -> None:
         report(recommender, splits, results, arguments, Path(str(training.output_dir)))
 
 
-def parse(command_line: list[str]) -> tuple[FinetuneArguments, RecFinetuneConfig, ModelArguments]:
+def parse(
+    command_line: list[str], *, arguments_class: type = FinetuneArguments, program: str = "finetune"
+) -> tuple[Any, RecFinetuneConfig, ModelArguments]:
     """Settings from a command line and its `--config` file.
+
+    Args:
+        command_line: Without the program's name.
+        arguments_class: `FinetuneArguments` or one that extends it.
+        program: Its name, for messages.
 
     Raises:
         SettingsError: A setting of the file doesn't exist, or the file can't be read.
     """
     from trl import TrlParser
 
-    parser = TrlParser([FinetuneArguments, RecFinetuneConfig, ModelArguments], prog="finetune")  # type: ignore[list-item]
+    classes: Any = [arguments_class, RecFinetuneConfig, ModelArguments]
+    parser = TrlParser(classes, prog=program)
     try:
         return parser.parse_args_and_config(command_line)  # type: ignore[return-value]
     except OSError as error:

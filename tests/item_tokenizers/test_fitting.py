@@ -2,15 +2,18 @@ import runpy
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llmrec.data.loading import load_dataset_from
+from llmrec.embeddings.collaborative import SASRec
 from llmrec.errors import MissingPartError, SettingsError
 from llmrec.files import read_json
 from llmrec.item_tokenizers.base import ItemTokenizer
-from llmrec.item_tokenizers.fitting import FitSettings, fit_from_settings
+from llmrec.item_tokenizers.fitting import FitSettings, embeddings_of, fit_from_settings
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +32,7 @@ TEXT = "embeddings: {text: {from: text}}"
 
 
 def test_every_settings_file_is_read():
-    assert len(SETTINGS_FILES) == 11
+    assert len(SETTINGS_FILES) == 13
     for path in SETTINGS_FILES:
         settings = FitSettings.from_yaml(path)
         assert settings.index or settings.new_tokenizer().codebook_sizes
@@ -132,6 +135,37 @@ def test_figures_reach_the_trackers_and_the_report(tmp_path):
     assert steps == [figures["epoch"] for figures in history] == [1, 2]
     losses = [event.value for event in found.Scalars("loss")]
     assert losses == pytest.approx([figures["loss"] for figures in history], rel=1e-5)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_fitted_item_tokenizer_finds_its_embeddings_again_and_none_is_trained_anew(tmp_path, monkeypatch, resume):
+    path = tmp_path / "settings.yaml"
+    more = "  collaborative: {from: sasrec, width: 16, epochs: 1, reduce_to: 8}"
+    path.write_text(SHORT.format(method="letter", more=more, settings=", num_clusters: 2"))
+    settings = FitSettings.from_yaml(path)
+    dataset = load_dataset_from(settings.dataset, **settings.dataset_options)
+    fitted = fit_from_settings(settings, tmp_path / "out", dataset=dataset, progress=False, resume=resume)
+
+    def train(*arguments, **options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(SASRec, "fit", train)
+    again = load_dataset_from(settings.dataset, **settings.dataset_options)
+    found = embeddings_of(settings, again, tmp_path / "out")
+    assert {name: of.width for name, of in found.items()} == {"text": 16, "collaborative": 8}
+    saved = SASRec.from_pretrained(tmp_path / "out" / "sasrec").item_embeddings()
+    np.testing.assert_array_equal(found["collaborative"].vectors, saved.reduce(8).vectors)
+    np.testing.assert_array_equal(fitted.tokenizer.encode(found).codes, fitted.semantic_ids.codes)
+
+    other = load_dataset_from(settings.dataset, num_users=59, num_items=50)
+    longer = replace(settings, embeddings=settings.embeddings | {"collaborative": {"from": "sasrec", "epochs": 2}})
+    for of_settings, of_dataset, folder in (
+        (settings, other, "out"), (longer, dataset, "out"), (settings, dataset, "elsewhere")
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match="trained again"):
+            embeddings_of(of_settings, of_dataset, tmp_path / folder)
+    with pytest.raises(SettingsError, match="settings of 'given_codes' name no embeddings"):
+        embeddings_of(FitSettings("given_codes", "synthetic", index="x.json"), dataset, tmp_path)
 
 
 def test_published_codes_are_measured_and_saved_like_fitted_ones(tmp_path, beauty_dir, monkeypatch):

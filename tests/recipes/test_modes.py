@@ -9,15 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from launching import free_port
+from safetensors.numpy import load_file
 
 from llmrec.pretrained import load_text_tokenizer
 from llmrec.recommender import Recommender
 from llmrec.tiny_model import TINY_LLAMA, build, is_built_in
+from llmrec.training import joint_run
 from llmrec.training.finetune import finetune, parse
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+ALL_FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+JOINT_FILES = [path for path in ALL_FILES if "cycle" in yaml.safe_load(path.read_text())]
+FILES = [path for path in ALL_FILES if path not in JOINT_FILES]
 NUM_ITEMS, NUM_USERS = 30, 24
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
@@ -50,6 +55,15 @@ def small(tmp_path_factory):
     )
     codes = {str(item): [f"<a_{item % 5}>", f"<b_{item // 5}>", f"<c_{item % 3}>"] for item in range(NUM_ITEMS)}
     (folder / "codes.index.json").write_text(json.dumps(codes))
+    item_tokenizer = {"num_codebooks": 3, "codebook_size": 8, "codebook_dim": 4, "hidden_sizes": [8], "epochs": 5}
+    settings = {
+        "method": "rq_vae",
+        "dataset": str(folder / "interactions.csv"),
+        "embeddings": {"collaborative": {"from": "sasrec", "width": 8, "epochs": 1}},
+        "item_tokenizer": item_tokenizer,
+        "uniqueness_policy": "extra_level",
+    }
+    (folder / "codes.yaml").write_text(yaml.safe_dump(settings))
     build(TINY_LLAMA, titles, folder / "model")
     text_tokenizer = load_text_tokenizer(str(folder / "model"))
     text_tokenizer.chat_template = CHAT
@@ -59,8 +73,7 @@ def small(tmp_path_factory):
 
 def small_settings(path, small, output):
     """A command line that puts the small catalogue and model in the place of a file's own, for one step."""
-    _, _, of_file = parse(["--config", str(path)])
-    base = of_file.model_name_or_path
+    base = yaml.safe_load(path.read_text())["model_name_or_path"]
     smaller = {
         "dataset": small / "interactions.csv",
         "items": small / "items.csv",
@@ -94,18 +107,77 @@ def test_a_step_of_every_settings_file(path, small, tmp_path):
     model = recommender.model
     assert getattr(model, "is_loaded_in_4bit", False) == model_arguments.load_in_4bit
     assert getattr(model, "is_loaded_in_8bit", False) == model_arguments.load_in_8bit
+    check_trained(model, model_arguments)
+    check_saved(tmp_path / "recommender", splits, arguments, training)
+
+
+def check_trained(model, model_arguments):
+    """What learns is what the file says: LoRA or all weights, and the rows of the codes."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kinds = {"lora": "lora_" in " ".join(names), "full": any(name.endswith("norm.weight") for name in names)}
     assert kinds == {"lora": model_arguments.trained == "lora", "full": model_arguments.trained == "full"} or (
         model.config.is_encoder_decoder and model_arguments.trained == "full"
     )
     assert any(name.endswith("new_rows") for name in names)
+
+
+def check_saved(folder, splits, arguments, training):
+    """The saved recommender answers, under the settings of the file; returns it."""
     history = [splits.dataset.item_ids[row] for row in splits.test.history(0)]
-    saved = Recommender.from_pretrained(tmp_path / "recommender")
+    saved = Recommender.from_pretrained(folder)
     found = [item.item_id for item in saved.recommend(history, k=5)]
     assert len(set(found)) == 5
     assert saved.config.chat == arguments.chat
     assert saved.config.scope == training.loss_scope
+    return saved
+
+
+def run_jointly(path, small, output, *more):
+    """Joint training with the settings of a file: one step in the only cycle, and one epoch of the last phase."""
+    smaller = {
+        "item_tokenizer": small / "codes.yaml",
+        "validation_recommendations": 4,
+        "alignment_warmup_epochs": 0,
+        "counter_size": 16,
+        "final_epochs": 1,
+    }
+    words = [part for name, value in smaller.items() for part in (f"--{name}", str(value))]
+    command_line = ["--config", str(path), *small_settings(path, small, output), *words, *more]
+    return joint_run.train_jointly(*joint_run.parse(command_line))
+
+
+@pytest.mark.parametrize("path", JOINT_FILES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_a_step_of_every_settings_file_of_joint_training(path, small, tmp_path):
+    arguments, training, model_arguments = joint_run.parse(["--config", str(path)])
+    recommender, splits, results = run_jointly(path, small, tmp_path)
+    assert {result.name for result in results} == {"popularity", "SASRec", "llmrec"}
+    assert (tmp_path / "results.json").is_file()
+    check_trained(recommender.model, model_arguments)
+    saved = check_saved(tmp_path / "recommender", splits, arguments, training)
+    # Codes of a level of their own each, and the counter at its full size, since the vocabulary can't grow.
+    assert saved.semantic_ids.codebook_sizes == (8, 8, 8, 16)
+    assert len(np.unique(saved.semantic_ids.codes, axis=0)) == NUM_ITEMS
+    history = json.loads((tmp_path / "joint_history.json").read_text())
+    assert history["format_version"] == 1
+    (record,) = history["cycles"]
+    assert (record["cycle"], record["aligned"]) == (0, True)
+    terms = ["quantization", "reconstruction", "sia", "psa"]
+    losses = [record[f"tokenizer_{name}"] for name in terms] + [record[f"recommender_{name}"] for name in terms[2:]]
+    losses.append(record["recommender_loss"])
+    assert np.isfinite(losses).all()
+    assert min(losses) > -1e-6
+    assert len(record["utilisation"]) == 3
+    assert all(1 / 8 <= share <= 1 for share in record["utilisation"])
+    assert 0 <= record["share_changed"] <= 1
+    assert (tmp_path / "joint_report.html").is_file()
+
+
+def test_joint_training_with_the_item_tokenizer_left_alone(small, tmp_path):
+    """To compare with: no code changes, so the saved ones are those that the item tokenizer had."""
+    path = ROOT / "recipes" / "synthetic" / "etegrec_t5.yaml"
+    recommender, _, _ = run_jointly(path, small, tmp_path, "--train_tokenizer", "false")
+    fitted = load_file(tmp_path / "item_codes" / "semantic_ids.safetensors")
+    assert np.array_equal(recommender.semantic_ids.codes, fitted["codes"])
 
 
 def test_all_tasks_and_search(small, tmp_path):

@@ -80,6 +80,26 @@ def test_the_default_recipe(trained):
     assert len(recommender.config.metrics) == 4
 
 
+def test_the_default_recipe_of_joint_training(tmp_path):
+    (tmp_path / "codes.yaml").write_text(f"{CODES}uniqueness_policy: extra_level\n")
+    quick = [
+        *("--output_dir", tmp_path / "run", "--item_tokenizer", tmp_path / "codes.yaml", "--final_epochs", "0"),
+        *("--per_device_train_batch_size", "4", "--evaluation_examples", "21", "--num_printed", "3"),
+        *("--validation_examples", "8", "--validation_recommendations", "8"),
+    ]
+    done = start(*LAUNCH, "recipes/train_joint.py", "--max_steps", "2", *quick)
+    assert done.returncode == 0, done.stderr
+    assert "Saved in" in done.stdout
+    recommender = Recommender.from_pretrained(tmp_path / "run" / "recommender")
+    catalogue = dict(zip(recommender.semantic_ids.item_ids, recommender.titles, strict=True))
+    lines = re.findall(r"^ ?\d+ (item-\d+)  (.+)  \((-\d+\.\d\d)\)$", done.stdout, re.MULTILINE)
+    assert [title for _, title, _ in lines] == [catalogue[item_id] for item_id, _, _ in lines]
+    assert len({item_id for item_id, _, _ in lines}) == 3
+    results = load_results(tmp_path / "run" / "results.json")
+    assert [(result.name, result.num_examples) for result in results[-2:]] == [("llmrec", 21)] * 2
+    assert len(json.loads((tmp_path / "run" / "joint_history.json").read_text())["cycles"]) == 1
+
+
 def test_resuming_goes_on_from_the_last_checkpoint(trained, quick):
     folder, _ = trained
     states = {step: folder / f"checkpoint-{step}" / "trainer_state.json" for step in (1, 2, 3)}
@@ -94,14 +114,16 @@ def test_resuming_goes_on_from_the_last_checkpoint(trained, quick):
 
 
 def test_unknown_settings_of_a_run_are_refused(tmp_path):
-    done = start(*LAUNCH, "recipes/finetune.py", "--colour", "red", "--output_dir", tmp_path / "run")
-    assert done.returncode != 0
-    assert "--colour" in error_line(done)
-    settings = (ROOT / "recipes" / "synthetic" / "tiny_llama_letter.yaml").read_text()
-    (tmp_path / "run.yaml").write_text(f"{settings}\nflavour: sweet\n")
-    done = start("-m", "llmrec.cli", "finetune", "--config", tmp_path / "run.yaml", "--output_dir", tmp_path / "run")
-    assert done.returncode != 0
-    assert "flavour" in error_line(done)
+    for script in ("finetune", "train_joint"):
+        done = start(*LAUNCH, f"recipes/{script}.py", "--colour", "red", "--output_dir", tmp_path / "run")
+        assert done.returncode != 0
+        assert "--colour" in error_line(done)
+    for command, file in (("finetune", "tiny_llama_letter.yaml"), ("train-joint", "etegrec_t5.yaml")):
+        settings = (ROOT / "recipes" / "synthetic" / file).read_text()
+        (tmp_path / "run.yaml").write_text(f"{settings}\nflavour: sweet\n")
+        done = start("-m", "llmrec.cli", command, "--config", tmp_path / "run.yaml", "--output_dir", tmp_path / "run")
+        assert done.returncode != 0
+        assert "flavour" in error_line(done)
     assert not (tmp_path / "run").exists()
 
 
@@ -135,11 +157,20 @@ def test_wrong_evaluation_settings_are_refused(tmp_path, capsys):
         script.main(["--colour", "red"])
 
 
-@pytest.mark.parametrize("script", ["recipes/finetune.py", "tokenizers/fit.py", "eval/run_eval.py"])
-def test_help(script):
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("recipes/finetune.py", ["--item_tokenizer", "--ranking_temperature", "--lora_r"]),
+        (
+            "recipes/train_joint.py",
+            ["--item_tokenizer", "--ranking_temperature", "--lora_r", "--cycle", "--sia_weight"],
+        ),
+        ("tokenizers/fit.py", ["--config", "--output"]),
+        ("eval/run_eval.py", ["--config", "--output"]),
+    ],
+)
+def test_help(script, options):
     done = start(script, "--help")
     assert done.returncode == 0, done.stderr
-    for option in {"recipes/finetune.py": ["--item_tokenizer", "--ranking_temperature", "--lora_r"]}.get(
-        script, ["--config", "--output"]
-    ):
+    for option in options:
         assert option in done.stdout

@@ -3,21 +3,36 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from llmrec.commands.evaluate import EvaluationSettings
 from llmrec.errors import SettingsError
 from llmrec.item_tokenizers.fitting import FitSettings
-from llmrec.training.finetune import parse
+from llmrec.item_tokenizers.trained import TrainedTokenizer
+from llmrec.training import finetune, joint_run
+from llmrec.training.checks import check_settings
 
 ROOT = Path(__file__).parents[2]
 
 
+def _is_joint(path):
+    """Whether recipes/train_joint.py reads a settings file, and not recipes/finetune.py."""
+    return "cycle" in yaml.safe_load(path.read_text())
+
+
 def _read_recipe(path):
-    arguments, _, _ = parse(["--config", str(path)])
+    arguments, training, model_arguments = (joint_run if _is_joint(path) else finetune).parse(["--config", str(path)])
+    check_settings(arguments, training, model_arguments)
     codes = ROOT / arguments.item_tokenizer
     if codes.suffix == ".yaml":  # the run fits it, so it must be for the same data
-        assert FitSettings.from_yaml(codes).dataset == arguments.dataset
+        settings = FitSettings.from_yaml(codes)
+        assert settings.dataset == arguments.dataset
+        if _is_joint(path):
+            assert isinstance(settings.new_tokenizer(), TrainedTokenizer)
+            assert settings.uniqueness_policy == arguments.uniqueness
+    else:
+        assert not _is_joint(path), "joint training goes on from an item tokenizer that learns, not from its codes"
 
 
 def _read_devices(path):
@@ -26,8 +41,8 @@ def _read_devices(path):
 
 
 READERS = {
-    "recipes": (_read_recipe, 2),
-    "tokenizers": (FitSettings.from_yaml, 11),
+    "recipes": (_read_recipe, 13),
+    "tokenizers": (FitSettings.from_yaml, 13),
     "eval": (EvaluationSettings.from_yaml, 3),
     "accelerate_configs": (_read_devices, 4),
 }
@@ -61,8 +76,20 @@ def test_no_settings_file_lies_where_nothing_reads_it():
 
 
 def test_a_renamed_setting_would_be_noticed(tmp_path):
-    for folder, (read, _) in READERS.items():
-        copy = tmp_path / f"{folder}.yaml"
-        copy.write_text(_files(folder)[0].read_text() + "\nno_such_setting: 1\n")
+    files = [(read, _files(folder)[0]) for folder, (read, _) in READERS.items()]
+    files.append((_read_recipe, next(path for path in _files("recipes") if not _is_joint(path))))  # the first is one
+    assert _is_joint(files[0][1])
+    for number, (read, path) in enumerate(files):
+        copy = tmp_path / f"{number}.yaml"
+        copy.write_text(path.read_text() + "\nno_such_setting: 1\n")
         with pytest.raises((SettingsError, ValueError), match="no_such_setting"):
             read(copy)
+
+
+def test_each_recipe_reads_its_own_files_only():
+    """A file of joint training that `finetune` took would train without a word about what it left out."""
+    joint = [path for path in _files("recipes") if _is_joint(path)]
+    assert {path.name for path in joint} >= {"etegrec_t5.yaml", "etegrec_llama.yaml"}
+    for path in joint:
+        with pytest.raises(SettingsError, match="cycle"):
+            finetune.parse(["--config", str(path)])

@@ -104,13 +104,32 @@ def bar_chart(
     return _svg(body, label)
 
 
-def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, form: Format = figure) -> str:
-    """Lines over epochs.
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    label: str,
+    form: Format = figure,
+    axis: str = "epoch",
+    span: tuple[float, float] | None = None,
+    from_zero: bool = False,
+    events: Sequence[tuple[float, str]] = (),
+    ring: tuple[float, str] | None = None,
+) -> str:
+    """Lines over epochs, or over whatever `axis` names.
 
     Args:
         series: Points (epoch, value) by name, ascending; values that aren't finite are left out.
         label: Read to those who can't see it.
         form: Writes a value.
+        axis: What runs to the right.
+        span: First and last epoch of the axis, so that several charts can be compared; None: those of the points.
+            Points must lie inside.
+        from_zero: The axis of values starts at 0 however high the lines lie.
+        events: Epoch and words of each upright line; those outside of the axis are left out.
+        ring: Epoch and words (`best`): points at this epoch are ringed, each with its value beside it.
+
+    Returns:
+        The SVG; an empty text where no value is finite.
     """
     finite = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
@@ -118,14 +137,17 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: st
     points = [point for line in finite.values() for point in line]
     if not points:
         return ""
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    first, last = span or (min(x for x, _ in points), max(x for x, _ in points))
     low, high = min(y for _, y in points), max(y for _, y in points)
-    if 0 <= low < 0.6 * high or low == high:
+    if from_zero or 0 <= low < 0.6 * high or low == high:
         low = min(low, 0.0)
     top, marks = _axis(high, low)
     low = min(low, marks[0])
     body = _grid(marks, low, top, form)
     across = (WIDTH - LEFT - RIGHT) / ((last - first) or 1.0)
+    for x, words in events:
+        if first <= x <= last:
+            body += _event(LEFT + (x - first) * across, words)
     for number, (name, line) in enumerate(finite.items()):
         places = [(LEFT + (x - first) * across, _y(y, low, top)) for x, y in line]
         style = number % NUM_COLOURS
@@ -133,9 +155,13 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: st
         body += f"<title>{escape(name)}</title></polyline>"
         if places:
             body += f'<circle class="f{style}" cx="{places[-1][0]:.1f}" cy="{places[-1][1]:.1f}" r="3">'
-            body += f"<title>{escape(f'{name}: {form(line[-1][1])} at epoch {line[-1][0]:g}')}</title></circle>"
+            body += f"<title>{escape(f'{name}: {form(line[-1][1])} at {axis} {line[-1][0]:g}')}</title></circle>"
+        for (x, y), (across_x, down_y) in zip(line, places, strict=True):
+            if ring is not None and x == ring[0]:
+                hint = f"{name}, {ring[1]}: {form(y)} at {axis} {x:g}"
+                body += _ring(across_x, down_y, style, form(y), hint)
     body += _text(LEFT, HEIGHT - 10, f"{first:g}") + _text(WIDTH - RIGHT, HEIGHT - 10, f"{last:g}", "end")
-    body += _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, "epoch", "middle")
+    body += _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, axis, "middle")
     return _svg(body, label)
 
 
@@ -176,6 +202,25 @@ def _svg(body: str, label: str, width: int = WIDTH, height: int = HEIGHT, style:
 def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
     place = f' class="{style}"' if style else ""
     return f'<text{place} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _event(x: float, words: str) -> str:
+    """An upright line over the whole plot, with its words above the plot, on the side that has room."""
+    line = f'<line class="event" style="stroke:var(--muted);stroke-dasharray:3 3" x1="{x:.1f}" x2="{x:.1f}"'
+    line += f' y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+    return line + _text(x, TOP - 4, words, _inward(x))
+
+
+def _ring(x: float, y: float, style: int, value: str, hint: str) -> str:
+    circle = f'<circle class="l{style} ring" style="fill:none;stroke-width:2" cx="{x:.1f}" cy="{y:.1f}" r="5.5">'
+    below = y - 9 < TOP + 8  # above it the words of events would be in the way
+    words = _text(x, y + 19 if below else y - 9, value, _inward(x), "value")
+    return f"{circle}<title>{escape(hint)}</title></circle>{words}"
+
+
+def _inward(x: float) -> str:
+    """The anchor of a text that starts at x and must not leave the plot."""
+    return "start" if x < (LEFT + WIDTH - RIGHT) / 2 else "end"
 
 
 def _y(value: float, low: float, top: float) -> float:

@@ -77,6 +77,42 @@ def test_lines():
     assert _parse(line_chart({"zero": [(1, 0.0)]}, label="x")) is not None
 
 
+def test_lines_over_another_axis_with_events_and_rings():
+    series = {"<loss>": [(2, 8.0), (4, 9.0), (6, 10.0)], "other": [(2, 9.0)]}
+    arguments = {"axis": "cycle", "span": (0, 8), "from_zero": True, "form": lambda value: f"{value:g}!"}
+    drawn = line_chart(
+        series, label="x", events=[(6, "a < b"), (2, "on"), (9, "outside")], ring=(4, "best"), **arguments
+    )
+    svg = _parse(drawn)
+    across = (WIDTH - LEFT - RIGHT) / 8
+    first = [tuple(map(float, point.split(","))) for point in svg.find("polyline").get("points").split()]
+    assert [x for x, _ in first] == pytest.approx([LEFT + 2 * across, LEFT + 4 * across, LEFT + 6 * across], abs=0.06)
+    zero = float(next(text for text in svg.findall("text") if text.text == "0!").get("y")) - 4
+    assert (zero - first[0][1]) / (zero - first[2][1]) == pytest.approx(0.8, abs=0.01)  # the axis starts at 0
+    events = svg.findall("line[@class='event']")
+    assert [float(event.get("x1")) for event in events] == pytest.approx([first[2][0], first[0][0]], abs=0.06)
+    assert all(event.get("x1") == event.get("x2") for event in events)
+    words = {text.text: text for text in svg.findall("text")}
+    assert "outside" not in words
+    assert (words["a < b"].get("text-anchor"), words["on"].get("text-anchor")) == ("end", "start")  # inward
+    assert words["on"].get("x") == events[1].get("x1")
+    (ring,) = svg.findall("circle[@class='l0 ring']")  # the other line has nothing there
+    assert (float(ring.get("cx")), float(ring.get("cy"))) == first[1]
+    assert ring.find("title").text == "<loss>, best: 9! at cycle 4"
+    assert svg.find("text[@class='value']").text == "9!"
+    assert svg.find("circle[@class='f0']/title").text == "<loss>: 10! at cycle 6"
+    assert [text for text in words if text in ("0", "8", "cycle", "epoch")] == ["0", "8", "cycle"]
+
+
+def test_what_a_ring_says_stays_in_the_plot():
+    for y in (0.0, 0.5, 1.0):
+        for x in (0, 1):
+            lines = {"a": [(x, y)], "b": [(0, 0.0), (1, 1.0)]}
+            text = _parse(line_chart(lines, label="x", ring=(x, "best"))).find("text[@class='value']")
+            assert 12 < float(text.get("y")) < HEIGHT - 20
+            assert text.get("text-anchor") == ("start", "end")[x]
+
+
 def test_map_of_points():
     points = np.array([[0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [0.0, 1.0]])
     hints = ['"a" & <b>', "two", "three", "four"]

@@ -1,0 +1,619 @@
+"""Joint training of item tokenizer and recommender, after ETEGRec.
+
+Liu et al., "Generative Recommender with End-to-End Learnable Item Tokenization" (ETEGRec, arXiv 2409.05546). The two
+learn in turns. A cycle of C epochs has one of the item tokenizer, with the recommender frozen, then C - 1 of the
+recommender, with the item tokenizer frozen:
+
+    L_tokenizer   = L_SQ  + mu L_SIA + lambda L_PSA
+    L_recommender = L_REC + mu L_SIA + lambda L_PSA
+
+After each epoch of the item tokenizer all items are encoded anew: samples, trie and catalogue change at once, between
+two epochs. The recommender's epochs are those of `RankingTrainer`; so engines, precision, packing, checkpoints and
+evaluation are its own. What the paper does with a small T5 works here with any model that `RankingTrainer` takes.
+
+Where the released code and the paper differ, or the paper is silent:
+
+* alignment, see `llmrec.training.alignment`;
+* the projections belong to the recommender (as in the code): they are frozen in the item tokenizer's epochs;
+* dropout is off while the frozen recommender is read for the item tokenizer: what it says of a sequence is a target,
+  and noise in it has no use. (In the code it is off too, by accident of order: validation leaves it so.)
+* the schedule of the recommender's learning rate goes over its own epochs, so that it ends at its end (the code lays
+  a cosine over all epochs and steps it in the recommender's alone: at C = 2 it ends at half the peak);
+* in-batch negatives, and the rule that each different item of a batch counts once, hold for the batch of all processes
+  together (in the code for each process alone);
+* the item tokenizer's epoch goes through the catalogue and not through all sequences: see `tokenizer_training`.
+
+This module joins the two halves. The loop over both, with data and files, is `llmrec.training.joint_run`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from llmrec.errors import SettingsError
+from llmrec.files import check_format, read_json, write_json
+from llmrec.generation.trie import ItemTrie
+from llmrec.item_tokenizers.base import QuantizedItems
+from llmrec.item_tokenizers.diagnostics import monitored_figures
+from llmrec.item_tokenizers.semantic_ids import SemanticIds
+from llmrec.recommender import Recommender
+from llmrec.tasks.base import TaskSamples, generator_of
+from llmrec.tasks.batch_plan import BatchPlan
+from llmrec.tasks.next_item import NextItemSamples
+from llmrec.training.alignment import Projections, first_of_each
+from llmrec.training.config import RecFinetuneConfig
+from llmrec.training.sequence_states import SequenceStates, WatchedForward, watch_states
+from llmrec.training.short_rows import short_rows
+from llmrec.training.tokenizer_training import ItemStates, JointTokenizer, covering_samples
+from llmrec.training.trainer import RankingTrainer
+from llmrec.vocabulary import find_code_head, head_mode
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+JOINT_FOLDER = "joint"
+STATE_NAME = "joint_state.json"
+TENSORS_NAME = "joint_state.safetensors"
+CODES_NAME = "semantic_ids.safetensors"
+
+
+@dataclass(frozen=True)
+class JointSchedule:
+    """Who learns when.
+
+    Attributes:
+        cycle: C, epochs of a cycle: one of the item tokenizer, C - 1 of the recommender.
+        warmup_epochs: Epochs, of both kinds, in which nothing is aligned.
+        alternate: Whether they learn in turns; else both in every step, and items are encoded anew after every epoch.
+        train_tokenizer: Whether the item tokenizer learns at all; else nothing is aligned either.
+    """
+
+    cycle: int = 2
+    warmup_epochs: int = 10
+    alternate: bool = True
+    train_tokenizer: bool = True
+
+    def cycle_of(self, epoch: int) -> int:
+        """The cycle that an epoch of the recommender, counted from 0, belongs to."""
+        return epoch // (self.cycle - 1) if self.alternate else epoch
+
+    def epochs_before(self, epoch: int) -> int:
+        """Epochs of both kinds that lie before an epoch of the recommender, the one that began its cycle included."""
+        return epoch + self.cycle_of(epoch) + 1 if self.alternate and self.train_tokenizer else epoch
+
+    def aligns_recommender(self, epoch: int) -> bool:
+        """Whether an epoch of the recommender, counted from 0, is aligned."""
+        return self.train_tokenizer and self.epochs_before(epoch) >= self.warmup_epochs
+
+    def aligns_tokenizer(self, cycle: int) -> bool:
+        """Whether the epoch of the item tokenizer that begins a cycle is aligned."""
+        return self.alternate and self.train_tokenizer and cycle * self.cycle >= self.warmup_epochs
+
+    def num_tokenizer_epochs(self, epochs: int) -> int:
+        """Epochs of the item tokenizer beside so many of the recommender."""
+        return -(-epochs // (self.cycle - 1)) if self.alternate and self.train_tokenizer else 0
+
+
+class JointTrainer(RankingTrainer):
+    """Trains a recommender, and between its epochs the item tokenizer that makes its codes.
+
+    Args:
+        recommender: Its model is trained, its codes are replaced. They must be those that `make_unique` gives for the
+            item tokenizer as it is.
+        args: Settings of the recommender's half.
+        item_tokenizer: The item tokenizer's half.
+        make_unique: Gives every item codes of its own, always of the same codebook sizes.
+        schedule: Who learns when.
+        train_dataset: Samples of the next item, made by the recommender's task.
+        eval_dataset: The same, for the validation loss.
+        item_metrics: See `RankingTrainer`.
+        on_cycle: Called on the main process at the end of each cycle with all records so far; see `records`.
+        callbacks: The Trainer's.
+
+    Attributes:
+        projections: From the model's states to the item tokenizer's spaces; they learn with the recommender, at its
+            learning rate, by an optimiser of their own, so that no engine needs to know them.
+        records: What was measured in each cycle, JSON values by name; see `llmrec.training.joint_report`.
+
+    Raises:
+        SettingsError: Settings that don't go together.
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        args: RecFinetuneConfig,
+        *,
+        item_tokenizer: JointTokenizer,
+        make_unique: Callable[[QuantizedItems], SemanticIds],
+        schedule: JointSchedule,
+        train_dataset: NextItemSamples,
+        eval_dataset: NextItemSamples | None = None,
+        item_metrics: Callable[[nn.Module], dict[str, float]] | None = None,
+        on_cycle: Callable[[list[dict[str, Any]]], None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        if args.torch_compile:
+            raise SettingsError("torch_compile is on, but joint training reads the model's states; leave it out")
+        if args.fp16:
+            raise SettingsError(
+                "fp16 is on: it scales the loss, and item tokenizer and projections, which stand outside it,"
+                " don't know by how much; use bf16"
+            )
+        if args.dataloader_persistent_workers:
+            raise SettingsError(
+                "dataloader_persistent_workers is on: such workers would go on with the codes of their start; leave"
+                " it out"
+            )
+        self.recommender = recommender
+        self.item_tokenizer = item_tokenizer
+        self.make_unique = make_unique
+        self.schedule = schedule
+        self.on_cycle = on_cycle
+        self.records: list[dict[str, Any]] = []
+        self._samples = [samples for samples in (train_dataset, eval_dataset) if samples is not None]
+        self._watched: WatchedForward | None = None
+        self._mask: Tensor | None = None
+        self._aligns = False
+        self._sums: dict[str, float] = {}
+        self._pending: list[tuple[str, Tensor]] = []
+        self._since = time.monotonic()
+        super().__init__(
+            recommender.model,
+            args,
+            vocabulary=recommender.vocabulary,
+            text_tokenizer=recommender.text_tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            trie=ItemTrie.from_semantic_ids(recommender.semantic_ids),
+            item_metrics=item_metrics,
+            callbacks=[*(callbacks or []), _SideOptimizers(self)],
+        )
+        if not schedule.alternate and self.is_deepspeed_enabled:
+            raise SettingsError(
+                "alternate is false: item tokenizer and recommender learn in one backward pass, which DeepSpeed steps"
+                " on its own; use another engine, or let them alternate"
+            )
+        self._check_unique(recommender.semantic_ids)
+        self.processes = item_tokenizer.processes
+        width = find_code_head(cast(nn.Module, self.model)).in_features
+        self.projections = Projections(width, item_tokenizer.code_width, item_tokenizer.item_width, seed=args.seed)
+        self.projections.to(self.processes.device)
+        self._projections_optimizer = torch.optim.AdamW(
+            self.projections.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        if self.plan is not None and not schedule.alternate:
+            steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * self.plan.num_steps)
+            item_tokenizer.total_steps = steps
+        self.resume_identity = {
+            **self.resume_identity,
+            **dataclasses.asdict(schedule),
+            "item_tokenizer": type(item_tokenizer.tokenizer).__name__,
+        }
+
+    # Epochs
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; where a cycle begins, the item tokenizer has an epoch before."""
+        if self._has_ended() or not self.schedule.train_tokenizer:
+            super()._run_epoch(*args, **kwargs)
+            return
+        epoch = int(self.state.epoch or 0)
+        cycle = self.schedule.cycle_of(epoch)
+        if len(self.records) <= cycle:
+            self._begin_cycle(cycle)
+        self._aligns = self.schedule.aligns_recommender(epoch)
+        self.records[-1]["aligned"] = self._aligns
+        self._since = time.monotonic()
+        super()._run_epoch(*args, **kwargs)
+        self._flush_sums()
+
+    def _begin_cycle(self, cycle: int) -> None:
+        record: dict[str, Any] = {"cycle": cycle}
+        self.records.append(record)
+        self._sums = {}
+        if self.schedule.alternate:
+            start = time.monotonic()
+            aligns = self.schedule.aligns_tokenizer(cycle)
+            states = self._item_states(cycle) if aligns else None
+            losses = self.item_tokenizer.train_epoch(states)
+            record |= {f"tokenizer_{name}": value for name, value in losses.items()}
+            record["tokenizer_seconds"] = round(time.monotonic() - start, 3)
+        elif cycle == 0:
+            self.item_tokenizer.start_epoch()
+            return  # no step was made since the items were encoded
+        self.encode_items(record)
+        if not self.schedule.alternate:
+            self.item_tokenizer.epochs_done += 1
+            self.item_tokenizer.start_epoch()
+
+    def encode_items(self, record: dict[str, Any] | None = None) -> None:
+        """Encodes all items by the item tokenizer as it is, and lets everything that holds codes have the new ones.
+
+        Args:
+            record: Gets what is measured: share of items whose codes changed, collision rate, use of the codes.
+        """
+        start = time.monotonic()
+        quantized = self.item_tokenizer.quantize()
+        before, after = self.recommender.semantic_ids.codes, self.make_unique(quantized)
+        self._set_codes(after)
+        figures = monitored_figures(quantized.semantic_ids.codes, quantized.semantic_ids.codebook_sizes)
+        sizes = quantized.semantic_ids.codebook_sizes
+        levels = quantized.semantic_ids.codes.T
+        measured: dict[str, Any] = {
+            "share_changed": float((before != after.codes).any(axis=1).mean()),
+            "collision_rate": float(figures["collision_rate"]),
+            "largest_group": int(quantized.semantic_ids.group_sizes().max()),
+            "utilisation": [len(np.unique(of)) / size for of, size in zip(levels, sizes, strict=True)],
+            "encoding_seconds": round(time.monotonic() - start, 3),
+        }
+        if record is not None:
+            record |= measured
+        self._log(
+            "codes of %.1f %% of the items changed; %.2f %% collide, %s of the codes in use",
+            *(100 * measured["share_changed"], 100 * measured["collision_rate"]),
+            " / ".join(f"{share:.0%}" for share in measured["utilisation"]),
+        )
+
+    def _set_codes(self, semantic_ids: SemanticIds) -> None:
+        """Samples, trie, catalogue: whatever holds codes has these from now on."""
+        self._check_unique(semantic_ids)
+        self.recommender.replace_codes(semantic_ids)
+        for samples in self._samples:
+            samples.task = self.recommender.task
+        self.trie = self.recommender.catalogue.trie.to(self.args.device)
+
+    @staticmethod
+    def _check_unique(semantic_ids: SemanticIds) -> None:
+        if not semantic_ids.is_unique:
+            raise SettingsError(
+                f"{semantic_ids.num_items - semantic_ids.num_distinct} items share their codes with another one: joint"
+                " training finds the item of a target by its codes; choose the policy extra_level or min_cost"
+            )
+
+    # What the frozen recommender says, for an epoch of the item tokenizer
+
+    @torch.no_grad()
+    def _item_states(self, cycle: int) -> ItemStates:
+        """The projected states of one sequence for each item that is a target in training.
+
+        Of several that lead to an item the one with the greatest draw is taken; draws depend on sample, seed and cycle
+        alone, so the choice is the same on any number of processes.
+        """
+        plan = cast(BatchPlan, self.plan)
+        samples = cast(NextItemSamples, plan.samples)
+        numbers, items = samples.targets()
+        draws = generator_of(self.args.seed, cycle, "item states")
+        chosen = covering_samples(numbers, items, len(samples), len(self.item_tokenizer), draws)
+        draw_of_sample = draws.random(len(samples))
+        subset_samples = _Subset(samples, chosen)
+        subset = BatchPlan(
+            subset_samples,
+            rows_per_step=self.args.eval_batch_size * self.processes.count,
+            seed=self.args.seed,
+            packing=plan.packing,
+            row_length=plan.row_length if plan.packing else None,
+            order=plan.order,
+        )
+        rows = subset.rows(cycle)
+        model = extract_model_from_parallel(self.model_wrapped, keep_fp32_wrapper=True, keep_torch_compile=False)
+        model.eval()
+        device, size = self.processes.device, self.args.eval_batch_size
+        best = np.full(len(self.item_tokenizer), -1.0)
+        summaries = torch.zeros(len(self.item_tokenizer), self.item_tokenizer.code_width)
+        preferences = torch.zeros(len(self.item_tokenizer), self.item_tokenizer.item_width)
+        starts = range(self.processes.index * size, len(rows), self.processes.count * size)
+        for first in tqdm(starts, desc="states of sequences", disable=not self.is_world_process_zero() or None):
+            batch_rows = rows[first : first + size]
+            batch = self.data_collator(
+                [[subset_samples.sample(int(number), cycle) for number in row] for row in batch_rows]
+            )
+            states = self._states_of(model, cast(dict[str, Tensor], batch))
+            found = self._rows_of(states.codes).cpu().numpy()
+            # Draws of a sample's targets differ, in case an item stands twice in it.
+            of_rows = np.concatenate([*batch_rows, np.empty(0, dtype=np.int64)])
+            counts = subset_samples.counts[of_rows]
+            ordinal = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            draw = (np.repeat(draw_of_sample[chosen[of_rows]], counts) + 0.618034 * ordinal) % 1.0
+            falling = np.argsort(-draw, kind="stable")
+            rows_found, first_of = np.unique(found[falling], return_index=True)  # the greatest draw of each item
+            places = falling[first_of]
+            better = draw[places] > best[rows_found]
+            places, rows_found = places[better], rows_found[better]
+            best[rows_found] = draw[places]
+            with torch.autocast(device.type, enabled=False):
+                summaries[rows_found] = self.projections.to_codes(states.summaries.float()).cpu()[places]
+                preferences[rows_found] = self.projections.to_items(states.preferences.float()).cpu()[places]
+        return self._of_all_processes(torch.from_numpy(best), summaries, preferences)
+
+    def _states_of(self, model: Any, batch: dict[str, Tensor]) -> SequenceStates:
+        """One forward without a head: of a decoder that reads another's states its start token alone."""
+        inputs = cast(dict[str, Tensor], self._prepare_inputs(batch))
+        labels = inputs.pop("labels")
+        taken = self._model_inputs(inputs, labels)
+        if self.is_encoder_decoder:
+            taken["decoder_input_ids"] = taken["decoder_input_ids"][:, :1]
+
+        def no_logits(head: nn.Module, hidden: Tensor) -> Tensor:
+            return hidden.new_zeros(1)
+
+        with contextlib.ExitStack() as around:
+            around.enter_context(self.compute_loss_context_manager())
+            if "position_ids" in inputs:
+                around.enter_context(short_rows(self._unwrapped.config.get_text_config(), inputs["input_ids"]))
+            around.enter_context(head_mode(model, compute=no_logits))
+            watched = around.enter_context(watch_states(model))
+            model(**taken)
+        if self.is_encoder_decoder and watched.head_input is not None:
+            # One state a row: it stands where the row's first target would be read.
+            width = labels.shape[1]
+            watched.head_input = watched.head_input.expand(-1, width, -1)
+        return watched.states(inputs, labels, self.vocabulary)
+
+    def _of_all_processes(self, best: Tensor, summaries: Tensor, preferences: Tensor) -> ItemStates:
+        """Of each item the states of the process that has the greatest draw."""
+        if self.processes.count == 1:
+            return ItemStates(best >= 0, summaries, preferences)
+        device = self.processes.device
+        drawn = self.processes.gather_rows(best.to(device)[None])  # [processes, N]
+        greatest, winner = drawn.max(dim=0)
+        mine = ((winner == self.processes.index) & (greatest >= 0))[:, None]
+        tables = [self.processes.sum(table.to(device) * mine).cpu() for table in (summaries, preferences)]
+        return ItemStates((greatest >= 0).cpu(), tables[0], tables[1])
+
+    def _rows_of(self, codes: Tensor) -> Tensor:
+        """Catalogue rows, int64 [n], of codes int64 [n, L] that an item has."""
+        trie = cast(ItemTrie, self.trie)
+        nodes = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        for level, of_level in enumerate(codes.unbind(dim=1)):
+            nodes, _ = trie.child(level, nodes, of_level)
+        return trie.items[nodes].long()  # leaf i is item i of `items`: no two share one
+
+    # The recommender's loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`RankingTrainer`'s, with the alignments added where they are on."""
+        if not self._aligns:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._mask = inputs.get("attention_mask")
+        with watch_states(model) as self._watched:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _batch_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        loss = super()._batch_loss(outputs, labels, num_items_in_batch)
+        if not self.schedule.train_tokenizer:
+            return loss
+        self._count("loss", loss.detach())
+        if self.schedule.alternate and not self._aligns:
+            return loss
+        if not self._aligns:
+            with torch.autocast(loss.device.type, enabled=False):
+                return loss + self._share(labels, num_items_in_batch) * self._own_losses(labels)
+        watched = cast(WatchedForward, self._watched)
+        states = watched.states({"attention_mask": self._mask}, labels, self.vocabulary)
+        with torch.autocast(loss.device.type, enabled=False):
+            return loss + self._share(labels, num_items_in_batch) * self._aligned(states, labels)
+
+    def _share(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The targets of this forward, on all processes, over those of the step: parts of a step add up to a mean."""
+        own = (labels >= 0).sum()
+        whole = own if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=own.device)
+        return self.processes.sum(own) / whole.clamp(min=1)
+
+    def _aligned(self, states: SequenceStates, labels: Tensor) -> Tensor:
+        """Mu SIA + lambda PSA of the different items of the batch of all processes: this process's share."""
+        projected = torch.cat(
+            [
+                self.projections.to_codes(states.summaries.float()),
+                self.projections.to_items(states.preferences.float()),
+            ],
+            dim=1,
+        )
+        projected = self.processes.gather_rows(projected)
+        items = self.processes.gather_rows(self._rows_of(states.codes))
+        first = first_of_each(items)
+        summaries, preferences = projected[first].split(
+            [self.item_tokenizer.code_width, self.item_tokenizer.item_width], dim=1
+        )
+        rows = items[first].cpu().numpy()
+        sia, psa = self.item_tokenizer.alignment_losses(rows, summaries, preferences, frozen=self.schedule.alternate)
+        self._count("sia", sia.detach())
+        self._count("psa", psa.detach())
+        weights = self.item_tokenizer.alignment
+        aligned = weights.sia_weight * sia + weights.psa_weight * psa
+        return aligned if self.schedule.alternate else aligned + self._quantization(rows)
+
+    def _own_losses(self, labels: Tensor) -> Tensor:
+        """L_SQ of the batch's different items, where both learn at once and nothing is aligned yet."""
+        offsets = torch.from_numpy(self.vocabulary.level_offsets).to(labels.device) + self.vocabulary.first_token_id
+        of_labels = labels if self.is_encoder_decoder else labels[:, 1:]
+        codes = of_labels[of_labels >= 0].view(-1, self.vocabulary.num_levels) - offsets
+        items = self.processes.gather_rows(self._rows_of(codes))
+        return self._quantization(items[first_of_each(items)].cpu().numpy())
+
+    def _quantization(self, rows: np.ndarray) -> Tensor:
+        draws = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
+        return torch.stack(list(self.item_tokenizer.own_losses(rows, draws).values())).sum()
+
+    def step_projections(self) -> None:
+        """Called before each step of the recommender's optimiser: the projections step with it."""
+        if self._aligns:
+            self.processes.sum_gradients(self.projections)
+            for parameter in self.projections.parameters():  # the Trainer multiplied the loss for its mean
+                parameter.grad = None if parameter.grad is None else parameter.grad / self.processes.count
+            if self.args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm)
+            for group in self._projections_optimizer.param_groups:
+                group["lr"] = self._get_learning_rate()
+            self._projections_optimizer.step()
+            self._projections_optimizer.zero_grad(set_to_none=True)
+        if self.schedule.train_tokenizer and not self.schedule.alternate:
+            self.item_tokenizer.step(gradients_of=self.processes.count)
+
+    # What is measured
+
+    def _count(self, name: str, value: Tensor) -> None:
+        """Adds to the sums of the cycle; they are read when they are wanted, not in each step."""
+        self._pending.append((name, value))
+        if len(self._pending) >= 256:
+            self._flush_pending()
+
+    def _flush_pending(self) -> None:
+        for name in ("loss", "sia", "psa"):
+            values = [value.double() for of, value in self._pending if of == name]
+            if values:
+                self._sums[name] = self._sums.get(name, 0.0) + float(torch.stack(values).sum())
+                self._sums[f"{name}_count"] = self._sums.get(f"{name}_count", 0.0) + len(values)
+        self._pending = []
+
+    def _flush_sums(self) -> None:
+        """Writes the means of the cycle's epochs of the recommender so far into its record. All processes call it."""
+        self._flush_pending()
+        record = self.records[-1]
+        names = ("loss", "sia", "psa")
+        sums = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
+        sums = self.processes.sum(sums.to(self.processes.device)).cpu()
+        for name, total in zip(names, sums.tolist(), strict=True):
+            count = self._sums.get(f"{name}_count", 0.0)
+            if count:
+                # the loss of a forward is a part of its step's mean; the alignments are means of their own
+                steps = count / self.args.gradient_accumulation_steps if name == "loss" else count
+                record[f"recommender_{name}"] = total / steps
+        record["epoch"] = round(float(self.state.epoch or 0), 4)
+        record["recommender_seconds"] = round(
+            record.get("recommender_seconds", 0.0) + time.monotonic() - self._since, 3
+        )
+        self._since = time.monotonic()
+        if self.on_cycle is not None and self.is_world_process_zero():
+            self.on_cycle(self.records)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`RankingTrainer`'s; the record of the cycle gets its figures."""
+        start = time.monotonic()
+        metrics = super().evaluate(*args, **kwargs)
+        if self.records:
+            self.records[-1] |= {name: value for name, value in metrics.items() if name.startswith("eval_")}
+        self._since += time.monotonic() - start
+        return metrics
+
+    # Checkpoints: model, item tokenizer, projections, codes and all optimisers are those of one step
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, checkpoint: Path, partial: Path) -> None:
+        super()._write_checkpoint(model, trial, checkpoint, partial)
+        if self.records:
+            self._flush_pending()
+        if not self.args.should_save:
+            return
+        folder = partial / checkpoint.name / JOINT_FOLDER
+        folder.mkdir()
+        self.recommender.semantic_ids.save(folder / CODES_NAME)
+        tensors = {f"tokenizer.{name}": tensor for name, tensor in self.item_tokenizer.state().items()}
+        tensors |= {f"projections.{name}": tensor for name, tensor in self.projections.state_dict().items()}
+        for number, moments in self._projections_optimizer.state_dict()["state"].items():
+            tensors |= {f"projections_optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / TENSORS_NAME)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_epochs": self.item_tokenizer.epochs_done,
+            "tokenizer_steps": self.item_tokenizer.steps_done,
+            "records": self.records,
+            "sums": self._sums,
+        }
+        write_json(folder / STATE_NAME, content)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_joint(Path(checkpoint) / JOINT_FOLDER)
+
+    def _load_best_model(self) -> None:
+        """The Trainer's; the item tokenizer and the codes are those of the same step."""
+        records = self.records
+        super()._load_best_model()
+        self._load_joint(Path(str(self.state.best_model_checkpoint)) / JOINT_FOLDER)
+        self.records = records
+
+    def _load_joint(self, folder: Path) -> None:
+        content = read_json(folder / STATE_NAME)
+        check_format(content, FORMAT_VERSION, folder / STATE_NAME)
+        tensors = load_file(folder / TENSORS_NAME)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.item_tokenizer.load_state(part("tokenizer."))
+        self.item_tokenizer.epochs_done = int(content["tokenizer_epochs"])
+        self.item_tokenizer.steps_done = int(content["tokenizer_steps"])
+        self.projections.load_state_dict(part("projections."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part("projections_optimizer.").items():
+            number, key = name.split(".")
+            moments.setdefault(int(number), {})[key] = tensor
+        groups = self._projections_optimizer.state_dict()["param_groups"]
+        self._projections_optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.records, self._sums = list(content["records"]), dict(content["sums"])
+        item_ids = self.recommender.semantic_ids.item_ids
+        self._set_codes(SemanticIds.load(folder / CODES_NAME, item_ids=item_ids))
+        if not self.schedule.alternate and self.schedule.train_tokenizer:
+            self.item_tokenizer.start_epoch()
+
+    @property
+    def best_record(self) -> dict[str, Any] | None:
+        """The record of the cycle whose model was the best, where one was chosen."""
+        metric, best = self.args.metric_for_best_model, self.state.best_metric
+        if metric is None or best is None:
+            return None
+        name = metric if metric.startswith("eval_") else f"eval_{metric}"
+        return next((record for record in self.records if record.get(name) == best), None)
+
+
+class _SideOptimizers(TrainerCallback):
+    """Lets what is trained beside the model step when its optimiser does."""
+
+    def __init__(self, trainer: JointTrainer):
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.step_projections()
+
+
+class _Subset(TaskSamples):
+    """Some samples of a task.
+
+    Attributes:
+        counts: Targets of each of them, int64.
+    """
+
+    name = "next_item"
+
+    def __init__(self, samples: NextItemSamples, chosen: np.ndarray):
+        self._samples, self._chosen = samples, chosen
+        numbers, _ = samples.targets()
+        self.counts = np.bincount(numbers, minlength=len(samples))[chosen]
+        self._lengths = samples.lengths(0)[chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.counts.sum())
+
+    def lengths(self, epoch: int = 0) -> np.ndarray:
+        return self._lengths
+
+    def sample(self, index: int, epoch: int = 0) -> dict[str, list[int]]:
+        return self._samples.sample(int(self._chosen[index]))
