@@ -318,10 +318,10 @@ class JointTrainer(RankingTrainer):
         starts = range(self.processes.index * size, len(rows), self.processes.count * size)
         for first in tqdm(starts, desc="states of sequences", disable=not self.is_world_process_zero() or None):
             batch_rows = rows[first : first + size]
-            batch = self.data_collator(
+            batch = cast(Any, self.data_collator)(
                 [[subset_samples.sample(int(number), cycle) for number in row] for row in batch_rows]
             )
-            states = self._states_of(model, cast(dict[str, Tensor], batch))
+            states = self._states_of(model, batch)
             found = self._rows_of(states.codes).cpu().numpy()
             # Draws of a sample's targets differ, in case an item stands twice in it.
             of_rows = np.concatenate([*batch_rows, np.empty(0, dtype=np.int64)])
