@@ -33,20 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Becomes `accelerate launch`: signals and the exit status are its own."""
+    launch("llmrec.training.finetune", arguments)
+
+
+def launch(module: str, arguments: argparse.Namespace) -> None:
+    """Becomes `accelerate launch -m module` with the options of this command.
+
+    Raises:
+        MissingPartError: A settings file isn't there.
+    """
     from llmrec.errors import MissingPartError
 
     for path in (arguments.config, arguments.accelerate_config):
         if path is not None and not path.is_file():
             raise MissingPartError(f"no settings file {path}")
-    command = launch_command(arguments.config, arguments.accelerate_config, arguments.passed_on)
+    command = launch_command(module, arguments.config, arguments.accelerate_config, arguments.passed_on)
     sys.stdout.flush()
     os.execv(command[0], command)
 
 
-def launch_command(config: Path, accelerate_config: Path | None, passed_on: list[str]) -> list[str]:
-    """The command line that fine-tunes."""
+def launch_command(module: str, config: Path, accelerate_config: Path | None, passed_on: list[str]) -> list[str]:
+    """The command line that runs a module of training."""
     # --quiet: what went wrong stands in the run's own last line, not in a traceback of the launcher.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     if accelerate_config is not None:
         launcher += ["--config_file", str(accelerate_config)]
-    return [*launcher, "-m", "llmrec.training.finetune", "--config", str(config), *passed_on]
+    return [*launcher, "-m", module, "--config", str(config), *passed_on]

@@ -4,9 +4,6 @@ Every option but those below is a setting of the run and overrides the settings 
 """
 
 import argparse
-import os
-import sys
-from pathlib import Path
 
 from llmrec.commands import finetune
 
@@ -26,21 +23,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Becomes `accelerate launch`: signals and the exit status are its own."""
-    from llmrec.errors import MissingPartError
-
-    for path in (arguments.config, arguments.accelerate_config):
-        if path is not None and not path.is_file():
-            raise MissingPartError(f"no settings file {path}")
-    command = launch_command(arguments.config, arguments.accelerate_config, arguments.passed_on)
-    sys.stdout.flush()
-    os.execv(command[0], command)
-
-
-def launch_command(config: Path, accelerate_config: Path | None, passed_on: list[str]) -> list[str]:
-    """The command line that trains."""
-    # --quiet: what went wrong stands in the run's own last line, not in a traceback of the launcher.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    if accelerate_config is not None:
-        launcher += ["--config_file", str(accelerate_config)]
-    return [*launcher, "-m", "llmrec.training.joint_run", "--config", str(config), *passed_on]
+    """Becomes `accelerate launch`, as `llmrec finetune` does."""
+    finetune.launch("llmrec.training.joint_run", arguments)

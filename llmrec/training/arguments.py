@@ -149,7 +149,7 @@ class ModelArguments(ModelConfig):
         default=TINY_LLAMA,
         metadata={
             "help": "A Hub ID, a folder, 'package:<Python package>', or a model built on the spot from random weights:"
-            " 'tiny-llama', or 'letter-tiger', the T5 of LETTER-TIGER."
+            " 'tiny-llama', 'letter-tiger' and 'etegrec', the T5s of LETTER-TIGER and ETEGRec."
         },
     )
     dtype: str | None = field(

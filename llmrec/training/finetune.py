@@ -75,7 +75,7 @@ def finetune(
         model_arguments = prepare_base_model(training, model_arguments, splits)
     recommender = untrained_recommender(arguments, training, model_arguments, splits, codes)
     trainer = train(recommender, splits, training, arguments)
-    return finish(recommender, trainer, splits, codes, arguments, model_arguments, push=push)
+    return finish(recommender, trainer, splits, codes, arguments, training, model_arguments, push=push)
 
 
 def take_push(arguments: FinetuneArguments, training: RecFinetuneConfig, model_arguments: ModelArguments) -> bool:
@@ -123,6 +123,7 @@ def finish(
     splits: DatasetSplits,
     codes: ItemCodes,
     arguments: FinetuneArguments,
+    training: RecFinetuneConfig,
     model_arguments: ModelArguments,
     *,
     push: bool,
@@ -136,6 +137,7 @@ def finish(
         splits: Its data.
         codes: Of the recommender, and what made them.
         arguments: Of data and evaluation.
+        training: Of the run; its output folder gets results and recommender.
         model_arguments: Of the model.
         push: Whether to push.
         described: Further settings for the model card.
@@ -146,7 +148,7 @@ def finish(
     from accelerate import PartialState
 
     state: PartialState = PartialState()
-    training, output_folder = trainer.args, item_codes_folder(trainer.args).parent
+    output_folder = Path(str(training.output_dir))
     recommender.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     settings = {**_describe_training(trainer, codes, arguments, model_arguments), **(described or {})}
     recommender.config = dataclasses.replace(recommender.config, training=settings)

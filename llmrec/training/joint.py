@@ -127,6 +127,7 @@ class JointTrainer(RankingTrainer):
         projections: From the model's states to the item tokenizer's spaces; they learn with the recommender, at its
             learning rate, by an optimiser of their own, so that no engine needs to know them.
         records: What was measured in each cycle, JSON values by name; see `llmrec.training.joint_report`.
+        tokens_read: Tokens of the samples that were read for the last epoch of the item tokenizer.
 
     Raises:
         SettingsError: Settings that don't go together.
@@ -171,6 +172,7 @@ class JointTrainer(RankingTrainer):
         self._sums: dict[str, float] = {}
         self._pending: list[tuple[str, Tensor]] = []
         self._since = time.monotonic()
+        self.tokens_read = 0
         super().__init__(
             recommender.model,
             args,
@@ -300,6 +302,7 @@ class JointTrainer(RankingTrainer):
         chosen = covering_samples(numbers, items, len(samples), len(self.item_tokenizer), draws)
         draw_of_sample = draws.random(len(samples))
         subset_samples = _Subset(samples, chosen)
+        self.tokens_read = int(subset_samples.lengths().sum())
         subset = BatchPlan(
             subset_samples,
             rows_per_step=self.args.eval_batch_size * self.processes.count,

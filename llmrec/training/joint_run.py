@@ -104,7 +104,9 @@ def train_jointly(
     if arguments.final_epochs > 0:
         last = _train_final(recommender, trainer, splits, codes, arguments, model_arguments)
     described = _described(trainer, arguments)
-    return finish(recommender, last, splits, codes, arguments, model_arguments, push=push, described=described)
+    return finish(
+        recommender, last, splits, codes, arguments, training, model_arguments, push=push, described=described
+    )
 
 
 def make_unique(quantized: QuantizedItems, arguments: JointArguments) -> SemanticIds:
@@ -209,7 +211,7 @@ def _train_final(
     """
     final = copy.copy(joint.args)
     final.output_dir = str(Path(str(joint.args.output_dir)) / FINAL_FOLDER)
-    final.num_train_epochs, final.max_steps = arguments.final_epochs, -1
+    final.num_train_epochs = arguments.final_epochs
     final.learning_rate, final.lr_scheduler_type, final.warmup_steps = arguments.final_learning_rate, "cosine", 0
     of_final = copy.copy(arguments)
     of_final.early_stopping_patience = arguments.final_patience if final.metric_for_best_model else 0
@@ -252,3 +254,9 @@ def parse(command_line: list[str]) -> tuple[JointArguments, RecFinetuneConfig, M
 def run(command_line: list[str]) -> None:
     """Parses a command line, runs `train_jointly`, prints results and recommendations; see `finetune.run`."""
     run_reported(train_jointly, lambda: parse(command_line))
+
+
+if __name__ == "__main__":
+    import sys
+
+    run(sys.argv[1:])

@@ -78,6 +78,7 @@ def small_settings(path, small, output):
         "dataset": small / "interactions.csv",
         "items": small / "items.csv",
         "users": small / "users.csv",
+        "k_core": 0,
         "item_tokenizer": small / "codes.index.json",
         "model_name_or_path": base if is_built_in(base) else small / "model",
         "output_dir": output,
