@@ -53,12 +53,9 @@ class CheckpointMixin(Trainer):
     Attributes:
         resume_identity: What decides which samples stand in which step, JSON values by name. It is kept with every
             checkpoint, and a run in which any of it differs is not resumed.
-        start_from: A safetensors file of all that is trained, which a run that isn't resumed begins with; None: the
-            model as it is. For engines that want a new model for a new training.
     """
 
     resume_identity: Mapping[str, Any] = MappingProxyType({})
-    start_from: Path | None = None
     _partial: Path | None = None  # while a checkpoint is written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -320,11 +317,6 @@ class CheckpointMixin(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             _load_whole(Path(resume_from_checkpoint), self._unwrapped)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None and self.start_from is not None:
-            load_trained_parameters(cast(nn.Module, self.model), load_file(self.start_from), self.accelerator)
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)

@@ -264,18 +264,13 @@ def _columns(arguments: FinetuneArguments) -> TextColumns:
 
 
 def train(
-    recommender: Recommender,
-    splits: DatasetSplits,
-    training: RecFinetuneConfig,
-    arguments: FinetuneArguments,
-    *,
-    start_from: Path | None = None,
+    recommender: Recommender, splits: DatasetSplits, training: RecFinetuneConfig, arguments: FinetuneArguments
 ) -> RankingTrainer:
     """Trains a recommender's model, from the beginning or from a checkpoint.
 
     `resume_from_checkpoint` is a folder, or "latest": the newest whole checkpoint under the output folder, if there is
     one. Each evaluation computes the validation loss, and item metrics where `validation_recommendations` asks for
-    them. `start_from` is a file of weights that are put in the place of the model's when the engine is there.
+    them.
     """
     task = recommender.task
     eval_samples, item_metrics = validation_of(recommender, splits, arguments)
@@ -290,7 +285,6 @@ def train(
         item_metrics=item_metrics,
         callbacks=early_stopping(arguments),
     )
-    trainer.start_from = start_from
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     return trainer
 

@@ -29,6 +29,7 @@ This module joins the two halves. The loop over both, with data and files, is `l
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,14 +198,22 @@ class JointTrainer(RankingTrainer):
         self._projections_optimizer = torch.optim.AdamW(
             self.projections.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
-        if self.plan is not None and not schedule.alternate:
-            steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * self.plan.num_steps)
-            item_tokenizer.total_steps = steps
+        if self.plan is not None:
+            item_tokenizer.total_steps = self._tokenizer_steps(self.plan.num_steps)
         self.resume_identity = {
             **self.resume_identity,
             **dataclasses.asdict(schedule),
             "item_tokenizer": type(item_tokenizer.tokenizer).__name__,
         }
+
+    def _tokenizer_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the item tokenizer's optimiser in the whole run."""
+        args = self.args
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        if not self.schedule.alternate:
+            return steps
+        epochs = self.schedule.num_tokenizer_epochs(math.ceil(steps / steps_per_epoch))
+        return epochs * self.item_tokenizer.steps_per_epoch
 
     # Epochs
 
@@ -222,6 +231,8 @@ class JointTrainer(RankingTrainer):
         self._since = time.monotonic()
         super()._run_epoch(*args, **kwargs)
         self._flush_sums()
+        if self.on_cycle is not None and self.is_world_process_zero():
+            self.on_cycle(self.records)
 
     def _begin_cycle(self, cycle: int) -> None:
         record: dict[str, Any] = {"cycle": cycle}
@@ -486,10 +497,7 @@ class JointTrainer(RankingTrainer):
         """Writes the means of the cycle's epochs of the recommender so far into its record. All processes call it."""
         self._flush_pending()
         record = self.records[-1]
-        names = ("loss", "sia", "psa")
-        sums = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        sums = self.processes.sum(sums.to(self.processes.device)).cpu()
-        for name, total in zip(names, sums.tolist(), strict=True):
+        for name, total in self._sums_of_all().items():
             count = self._sums.get(f"{name}_count", 0.0)
             if count:
                 # the loss of a forward is a part of its step's mean; the alignments are means of their own
@@ -500,8 +508,12 @@ class JointTrainer(RankingTrainer):
             record.get("recommender_seconds", 0.0) + time.monotonic() - self._since, 3
         )
         self._since = time.monotonic()
-        if self.on_cycle is not None and self.is_world_process_zero():
-            self.on_cycle(self.records)
+
+    def _sums_of_all(self) -> dict[str, float]:
+        """The cycle's sums over all processes, by name. All of them call it."""
+        names = ("loss", "sia", "psa")
+        sums = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
+        return dict(zip(names, self.processes.sum(sums.to(self.processes.device)).tolist(), strict=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`RankingTrainer`'s; the record of the cycle gets its figures."""
@@ -517,7 +529,8 @@ class JointTrainer(RankingTrainer):
     def _write_checkpoint(self, model: nn.Module, trial: Any, checkpoint: Path, partial: Path) -> None:
         super()._write_checkpoint(model, trial, checkpoint, partial)
         if self.records:
-            self._flush_pending()
+            self._flush_sums()  # at the end of a cycle nobody does it after a run is resumed from here
+        sums = {**self._sums, **self._sums_of_all()}
         if not self.args.should_save:
             return
         folder = partial / checkpoint.name / JOINT_FOLDER
@@ -533,7 +546,7 @@ class JointTrainer(RankingTrainer):
             "tokenizer_epochs": self.item_tokenizer.epochs_done,
             "tokenizer_steps": self.item_tokenizer.steps_done,
             "records": self.records,
-            "sums": self._sums,
+            "sums": sums,
         }
         write_json(folder / STATE_NAME, content)
 
@@ -568,6 +581,8 @@ class JointTrainer(RankingTrainer):
         groups = self._projections_optimizer.state_dict()["param_groups"]
         self._projections_optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.records, self._sums = list(content["records"]), dict(content["sums"])
+        if not self.processes.is_main:  # they are those of all processes: one goes on from them
+            self._sums |= dict.fromkeys(("loss", "sia", "psa"), 0.0)
         item_ids = self.recommender.semantic_ids.item_ids
         self._set_codes(SemanticIds.load(folder / CODES_NAME, item_ids=item_ids))
         if not self.schedule.alternate and self.schedule.train_tokenizer:

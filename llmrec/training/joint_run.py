@@ -6,16 +6,22 @@ out.
 """
 
 import copy
+import dataclasses
 import logging
-import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from accelerate.utils import parse_flag_from_env
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from llmrec.data.interactions import InteractionDataset
 from llmrec.data.splits import DatasetSplits
 from llmrec.embeddings.base import ItemEmbeddings
+from llmrec.embeddings.sources import COLLABORATIVE
 from llmrec.errors import SettingsError
 from llmrec.evaluation.evaluator import EvaluationResult
 from llmrec.files import atomic_file
@@ -24,10 +30,13 @@ from llmrec.item_tokenizers.fitting import FitSettings, embeddings_of
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.item_tokenizers.trainable import trainable_tokenizer
 from llmrec.item_tokenizers.trained import TrainedTokenizer
-from llmrec.processes import Processes
+from llmrec.pretrained import auto_model_class, resolve_pretrained
+from llmrec.processes import Processes, gathered
 from llmrec.recommender import Recommender
 from llmrec.tasks.next_item import training_samples
+from llmrec.tiny_model import ETEGREC, LETTER_TIGER, is_built_in
 from llmrec.training.arguments import ModelArguments
+from llmrec.training.checkpoints import LATEST
 from llmrec.training.checks import check_settings
 from llmrec.training.config import RecFinetuneConfig
 from llmrec.training.finetune import (
@@ -75,19 +84,22 @@ def train_jointly(
     from accelerate import PartialState
 
     check_settings(arguments, training, model_arguments)
+    _check_engine(training, model_arguments)
     state: PartialState = PartialState()
     push = take_push(arguments, training, model_arguments)
     settings = _embedding_settings(arguments)
     with state.main_process_first(), loaded_whole():
         splits = prepare_data(arguments)
         fitted = prepare_item_codes(arguments, splits.dataset, item_codes_folder(training))
-        embeddings = _embeddings(settings, splits.dataset, item_codes_folder(training))
+        embeddings = _embeddings(settings, splits.dataset, arguments, item_codes_folder(training))
         model_arguments = prepare_base_model(training, model_arguments, splits)
     item_tokenizer = _item_tokenizer(fitted, embeddings, arguments, training)
+    _check_embeddings(item_tokenizer, fitted)
     codes = ItemCodes(make_unique(item_tokenizer.quantize(), arguments), item_tokenizer.tokenizer, fitted.source)
     recommender = untrained_recommender(arguments, training, model_arguments, splits, codes)
     trainer = joint_trainer(recommender, item_tokenizer, splits, arguments, training)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resumed, final_resumed = _resumed_from(training)
+    trainer.train(resume_from_checkpoint=resumed)
     recommender.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     item_tokenizer.module.cpu().eval()
     output_folder = Path(str(training.output_dir))
@@ -96,17 +108,54 @@ def train_jointly(
         write_joint_report(
             output_folder / REPORT_FILE,
             trainer.records,
-            title=f"Joint training of {type(item_tokenizer.tokenizer).__name__} and {fitted.source}",
+            title=f"Joint training of {type(item_tokenizer.tokenizer).__name__} and {recommender.config.base_model}",
             best_epoch=None if best is None else best["epoch"],
         )
     codes = ItemCodes(recommender.semantic_ids, item_tokenizer.tokenizer, fitted.source)
     last: RankingTrainer = trainer
     if arguments.final_epochs > 0:
-        last = _train_final(recommender, trainer, splits, codes, arguments, model_arguments)
+        last = _train_final(recommender, trainer, splits, codes, arguments, model_arguments, resumed=final_resumed)
     described = _described(trainer, arguments)
     return finish(
         recommender, last, splits, codes, arguments, training, model_arguments, push=push, described=described
     )
+
+
+def _check_engine(training: RecFinetuneConfig, model_arguments: ModelArguments) -> None:
+    """Refuses what the engine can't take, before data are read."""
+    if not (parse_flag_from_env("ACCELERATE_USE_FSDP") or training.fsdp_plugin_args):
+        return
+    name = str(model_arguments.model_name_or_path)
+    if _is_encoder_decoder(name, model_arguments.model_revision):
+        raise SettingsError(
+            f"model_name_or_path is {name!r}, an encoder-decoder, and the engine is FSDP: encoder and decoder read one"
+            " embedding, which FSDP can't share out; launch with accelerate_configs/ddp.yaml or deepspeed_zero3.yaml"
+        )
+
+
+def _is_encoder_decoder(name: str, revision: str | None) -> bool:
+    from transformers import AutoModelForSeq2SeqLM
+
+    if is_built_in(name):
+        return name in (ETEGREC, LETTER_TIGER)
+    source = resolve_pretrained(name)
+    if source.gguf_file is not None:
+        return False
+    place = {"revision": revision} if source.is_hub_id else {}
+    return auto_model_class(source.path, **place) is AutoModelForSeq2SeqLM
+
+
+def _resumed_from(training: RecFinetuneConfig) -> tuple[str | None, str | None]:
+    """What the joint phase and the last one resume from.
+
+    A checkpoint that is named is one of either phase. The joint phase is over where it is of the last one; the last
+    one begins anew where it is of the joint phase.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None or wanted == LATEST:
+        return wanted, wanted
+    final = Path(str(training.output_dir)) / FINAL_FOLDER
+    return (LATEST, wanted) if Path(wanted).resolve().parent == final.resolve() else (wanted, None)
 
 
 def make_unique(quantized: QuantizedItems, arguments: JointArguments) -> SemanticIds:
@@ -158,7 +207,6 @@ def _item_tokenizer(
             " tokenizers/, or the folder of a fitted item tokenizer"
         )
     tokenizer: TrainedTokenizer = trainable_tokenizer(fitted.tokenizer)
-    epochs = math.ceil(training.num_train_epochs)
     return JointTokenizer(
         tokenizer,
         embeddings,
@@ -167,7 +215,6 @@ def _item_tokenizer(
             weight_decay=arguments.tokenizer_weight_decay,
             batch_size=arguments.tokenizer_batch_size,
             passes=arguments.tokenizer_passes,
-            num_epochs=_schedule(arguments).num_tokenizer_epochs(epochs),
             max_grad_norm=float(training.max_grad_norm or 0.0),
             seed=training.seed,
         ),
@@ -193,8 +240,30 @@ def _embedding_settings(arguments: JointArguments) -> FitSettings:
     return FitSettings.from_yaml(source)
 
 
-def _embeddings(settings: FitSettings, dataset: InteractionDataset, folder: Path) -> dict[str, ItemEmbeddings]:
+def _embeddings(
+    settings: FitSettings, dataset: InteractionDataset, arguments: JointArguments, folder: Path
+) -> dict[str, ItemEmbeddings]:
+    """What the item tokenizer reads; a collaborative model beside a fitted one is used, and not trained again."""
+    fitted = Path(str(arguments.item_tokenizer))
+    for name in COLLABORATIVE:
+        if (fitted / name).is_dir() and not (folder / name).exists():
+            shutil.copytree(fitted / name, folder / name)
     return embeddings_of(settings, dataset, folder)
+
+
+def _check_embeddings(item_tokenizer: JointTokenizer, fitted: ItemCodes) -> None:
+    """Refuses embeddings on which the item tokenizer gives other codes than it once gave.
+
+    The last level isn't compared: uniqueness policies change it.
+    """
+    now, before = item_tokenizer.quantize().semantic_ids.codes, fitted.semantic_ids.codes
+    levels = max(now.shape[1] - 1, 1)
+    share = float((now[:, :levels] == before[:, :levels]).all(axis=1).mean())
+    if share < 0.5:
+        raise SettingsError(
+            f"on these embeddings the item tokenizer gives {share:.0%} of the items the codes that it was fitted with:"
+            " they are not those that it was fitted on; name its own settings file as embeddings_from"
+        )
 
 
 def _train_final(
@@ -204,38 +273,60 @@ def _train_final(
     codes: ItemCodes,
     arguments: JointArguments,
     model_arguments: ModelArguments,
+    *,
+    resumed: str | None,
 ) -> RankingTrainer:
     """Trains the recommender on with the codes of the best epoch: L_REC alone, its own learning rate, no warm-up.
 
     DeepSpeed and FSDP can't be begun a second time on one model: there, the weights go on in a new one.
     """
-    final = copy.copy(joint.args)
-    final.output_dir = str(Path(str(joint.args.output_dir)) / FINAL_FOLDER)
-    final.num_train_epochs = arguments.final_epochs
-    final.learning_rate, final.lr_scheduler_type, final.warmup_steps = arguments.final_learning_rate, "cosine", 0
-    of_final = copy.copy(arguments)
-    of_final.early_stopping_patience = arguments.final_patience if final.metric_for_best_model else 0
-    file = None
-    if joint.is_deepspeed_enabled or joint.is_fsdp_enabled:
-        file = Path(str(joint.args.output_dir)) / JOINT_WEIGHTS_FILE
+    sharded = joint.is_deepspeed_enabled or joint.is_fsdp_enabled
+    file = Path(str(joint.args.output_dir)) / JOINT_WEIGHTS_FILE
+    if sharded:
         weights = trained_parameters(joint.model_wrapped, joint.accelerator)
         if joint.accelerator.is_main_process:
             with atomic_file(file) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
         joint.accelerator.wait_for_everyone()
         _let_go(joint)
+    # Settings are made, not copied: accelerate takes one engine a process, and what it knows of it begins anew with
+    # them; so do the settings of DeepSpeed, into which the first training has written its own.
+    final = dataclasses.replace(
+        joint.args,
+        output_dir=str(Path(str(joint.args.output_dir)) / FINAL_FOLDER),
+        num_train_epochs=arguments.final_epochs,
+        learning_rate=arguments.final_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        resume_from_checkpoint=resumed,
+    )
+    of_final = copy.copy(arguments)
+    of_final.early_stopping_patience = arguments.final_patience if final.metric_for_best_model else 0
+    if sharded:
         recommender.model = untrained_recommender(arguments, final, model_arguments, splits, codes).model
-    last = train(recommender, splits, final, of_final, start_from=file)
+        _overwrite(recommender.model, load_file(file))
+    last = train(recommender, splits, final, of_final)
     recommender.model = last.accelerator.unwrap_model(last.model, keep_torch_compile=False)
     return last
 
 
+def _overwrite(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts weights into a model that no engine has yet; ZeRO-3 may share it out already. All processes call it."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            with gathered([parameters[name]], modify=True):
+                parameters[name].copy_(tensor)
+
+
 def _let_go(trainer: JointTrainer) -> None:
-    """Frees the engine of a training that is over, and the hooks that it has in modules."""
-    engine: Any = trainer.model_wrapped
-    if trainer.is_deepspeed_enabled:
-        engine.destroy()
+    """Frees the engine of a training that is over, with the model that is in it."""
     trainer.accelerator.free_memory()
+    parts = ("model", "model_wrapped", "optimizer", "lr_scheduler")
+    for holder in (trainer, trainer.callback_handler):
+        for name in parts:
+            if hasattr(holder, name):
+                setattr(holder, name, None)
 
 
 def _described(trainer: JointTrainer, arguments: JointArguments) -> dict[str, Any]:

@@ -59,12 +59,11 @@ class TokenizerTraining:
     """Settings of the item tokenizer's optimiser.
 
     Attributes:
-        learning_rate: Of AdamW, the highest; down to 0 as a cosine over `num_epochs`, without warm-up, for the item
+        learning_rate: Of AdamW, the highest; down to 0 as a cosine over all its steps, without warm-up, for the item
             tokenizer was trained before.
         weight_decay: Of AdamW, on codebooks too.
         batch_size: Items of a step, over all processes.
         passes: Passes over the catalogue in an epoch.
-        num_epochs: Epochs of the item tokenizer in the whole run, in which it learns alone.
         max_grad_norm: The gradient is cut to this norm; 0: never.
         seed: Of all draws.
     """
@@ -73,7 +72,6 @@ class TokenizerTraining:
     weight_decay: float = 0.05
     batch_size: int = 512
     passes: int = 1
-    num_epochs: int = 1
     max_grad_norm: float = 1.0
     seed: int = 0
 
@@ -109,7 +107,7 @@ class JointTokenizer:
         module: The network, on the device of the processes.
         epochs_done: Epochs so far.
         steps_done: Steps of its optimiser so far.
-        total_steps: Those of the whole run, over which the learning rate falls.
+        total_steps: Those of the whole run, over which the learning rate falls; of one epoch until it is set.
     """
 
     def __init__(
@@ -131,9 +129,10 @@ class JointTokenizer:
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self.optimizer.zero_grad(set_to_none=True)  # a fit in this process leaves those of its last step
         self.epochs_done = 0
         self.steps_done = 0
-        self.total_steps = settings.num_epochs * self.steps_per_epoch
+        self.total_steps = self.steps_per_epoch
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -293,6 +293,7 @@ class RankingTrainer(CheckpointMixin):
         if self.item_metrics is not None:
             found = self.item_metrics(model)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        _share_out_again(model)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -325,6 +326,18 @@ def _precision_of(args: RecFinetuneConfig, model: nn.Module) -> torch.autocast:
     """The autocast that a run will have: there are kernels that take 16 bits alone."""
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     return torch.autocast(next(model.parameters()).device.type, dtype, enabled=args.bf16 or args.fp16)
+
+
+def _share_out_again(model: nn.Module) -> None:
+    """Lets FSDP2 give back the weights that a forward in evaluation has gathered, and which no backward gives back.
+
+    A checkpoint that is written next would not find them, and weights that are loaded next would be lost.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _freeze_unread_head(model: nn.Module) -> None:
