@@ -157,3 +157,131 @@ def trained_tensors(trainer: Any) -> dict[str, torch.Tensor]:
     return {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+
+
+def make_item_embeddings(*, num_items: int = NUM_ITEMS, width: int = 12, seed: int = 4) -> dict[str, Any]:
+    """Random vectors of the small catalogue, as the modality "text"."""
+    from llmrec.embeddings.base import ItemEmbeddings
+
+    vectors = np.random.default_rng(seed).normal(size=(num_items, width))
+    return {"text": ItemEmbeddings(tuple(f"item-{row}" for row in range(num_items)), vectors)}
+
+
+def make_item_tokenizer(**config: Any) -> Any:
+    """A small RQ-VAE of two levels of four codes of width 8, fitted for a few epochs on `make_item_embeddings`."""
+    from llmrec.item_tokenizers.rq_vae import RQVAEConfig, RQVAETokenizer
+
+    settings = {"num_codebooks": 2, "codebook_size": 4, "codebook_dim": 8, "hidden_sizes": (10,), "epochs": 5}
+    return RQVAETokenizer(RQVAEConfig(**settings | config)).fit(make_item_embeddings(), progress=False)
+
+
+def make_joint_trainer(
+    output_dir: Path | str,
+    *,
+    family: str = "llama",
+    lora: bool = False,
+    lora_dropout: float = 0.0,
+    form: str | None = None,
+    policy: str = "extra_level",
+    counter_size: int = 12,
+    schedule: dict[str, Any] | None = None,
+    alignment: dict[str, Any] | None = None,
+    tokenizer_training: dict[str, Any] | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    evaluation: bool = False,
+    item_metrics: Any = None,
+    on_cycle: Any = None,
+    callbacks: list[Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A JointTrainer on the small catalogue, of a LLaMA (16 samples, history form) or a "t5" (58, prefix form).
+
+    Cycles of two epochs without warm-up, of plain SGD; the weights of the alignments and the item tokenizer's learning
+    rate are so large that everything moves in a few steps. With `evaluation` each user's last item is kept for the
+    validation loss, and not trained on.
+    """
+    import tiny_t5
+    from peft import LoraConfig
+
+    from llmrec.adapter import add_lora
+    from llmrec.data.splits import leave_one_out
+    from llmrec.processes import Processes
+    from llmrec.recommender import Recommender
+    from llmrec.recommender_folder import RecommenderConfig
+    from llmrec.tasks.next_item import NextItemTask, evaluation_samples, training_samples
+    from llmrec.training.config import RecFinetuneConfig
+    from llmrec.training.joint import JointSchedule, JointTrainer
+    from llmrec.training.tokenizer_training import AlignmentSettings, JointTokenizer, TokenizerTraining
+    from llmrec.vocabulary import CodeVocabulary, add_code_rows
+
+    defaults = {
+        "loss_scope": "vocabulary",
+        "code_learning_rate_factor": 1.0,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 1e9,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "packing": False,
+        "seed": 1,
+    }
+    args = RecFinetuneConfig(output_dir=str(output_dir), **{**defaults, **settings})
+    encoder_decoder = family == "t5"
+    half = {"learning_rate": 0.02, "batch_size": 5, "seed": 1}
+    weights = {"sia_weight": 0.5, "psa_weight": 0.3, "psa_temperature": 0.5}
+    item_tokenizer = JointTokenizer(
+        make_item_tokenizer(**(tokenizer_config or {})),
+        make_item_embeddings(),
+        TokenizerTraining(**half | (tokenizer_training or {})),
+        AlignmentSettings(**weights | (alignment or {})),
+        Processes.alone("cpu"),
+    )
+
+    def make_unique(quantized: Any) -> SemanticIds:
+        return quantized.make_unique(policy, counter_size=counter_size if policy == "extra_level" else None)
+
+    tokenizer, semantic_ids, dataset = make_text_tokenizer(), make_unique(item_tokenizer.quantize()), make_dataset()
+    vocabulary = CodeVocabulary.add_to(tokenizer, semantic_ids.codebook_sizes)
+    model: Any = tiny_t5.make_t5() if encoder_decoder else make_tiny_model(family)
+    add_code_rows(model, vocabulary, seed=2)
+    if lora:
+        config = LoraConfig(r=4, lora_dropout=lora_dropout, target_modules="all-linear", init_lora_weights=False)
+        model = add_lora(model, config, seed=3)
+    template = "Items chosen : {history}"
+    task = NextItemTask(
+        *(tokenizer, vocabulary, semantic_ids), template=template, max_history=8, encoder_decoder=encoder_decoder
+    )
+    item_ids = list(semantic_ids.item_ids)
+    recommender = Recommender(
+        *(model, tokenizer, semantic_ids, vocabulary, datasets.Dataset.from_dict({"item_id": item_ids}), task),
+        RecommenderConfig(
+            base_model="none",
+            template=template,
+            max_history=8,
+            codebook_sizes=vocabulary.codebook_sizes,
+            first_token_id=vocabulary.first_token_id,
+        ),
+        item_tokenizer=item_tokenizer.tokenizer,
+    )
+    splits = leave_one_out(dataset) if evaluation else None
+    samples = training_samples(
+        recommender.task,
+        splits.train if splits else dataset,
+        form=form or ("prefix" if encoder_decoder else "history"),
+    )
+    return JointTrainer(
+        recommender,
+        args,
+        item_tokenizer=item_tokenizer,
+        make_unique=make_unique,
+        schedule=JointSchedule(**{"cycle": 2, "warmup_epochs": 0} | (schedule or {})),
+        train_dataset=samples,
+        eval_dataset=evaluation_samples(recommender.task, splits.validation) if splits else None,
+        item_metrics=item_metrics,
+        on_cycle=on_cycle,
+        callbacks=callbacks,
+    )
