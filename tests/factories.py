@@ -210,7 +210,8 @@ def make_joint_trainer(
     from llmrec.recommender_folder import RecommenderConfig
     from llmrec.tasks.next_item import NextItemTask, evaluation_samples, training_samples
     from llmrec.training.config import RecFinetuneConfig
-    from llmrec.training.joint import JointSchedule, JointTrainer
+    from llmrec.training.joint import JointTrainer
+    from llmrec.training.joint_schedule import JointSchedule
     from llmrec.training.tokenizer_training import AlignmentSettings, JointTokenizer, TokenizerTraining
     from llmrec.vocabulary import CodeVocabulary, add_code_rows
 

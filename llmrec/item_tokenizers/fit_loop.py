@@ -255,6 +255,21 @@ def identity_of(settings: dict[str, object], arrays: Mapping[str, np.ndarray]) -
     return digest.hexdigest()
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, torch.Tensor]:
+    """What an optimiser keeps about its parameters, by `prefix`, number of the parameter and name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}{number}.{name}": tensor for number, kept in state.items() for name, tensor in kept.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Takes what `optimizer_tensors` gave, without the prefix; rates and other settings stay as they are."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def _save_checkpoint(
     path: Path,
     module: nn.Module,
@@ -265,8 +280,7 @@ def _save_checkpoint(
 ) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
-    for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+    tensors |= optimizer_tensors(optimizer, "optimizer.")
     metadata = {"identity": identity, "state": json.dumps(vars(state))}
     with atomic_file(path) as temporary:
         save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, temporary, metadata)
@@ -286,10 +300,6 @@ def _load_checkpoint(
             part, rest = name.split(".", 1)
             parts[part][rest] = file.get_tensor(name)
     module.load_state_dict(parts["module"])
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        number, key = name.split(".")
-        moments.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_optimizer_tensors(optimizer, parts["optimizer"])
     content = json.loads(metadata["state"])
     return FitState(**{**content, "history": tuple(content["history"])}), parts["best"]

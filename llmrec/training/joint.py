@@ -32,7 +32,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,16 +48,19 @@ from llmrec.files import check_format, read_json, write_json
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.base import QuantizedItems
 from llmrec.item_tokenizers.diagnostics import monitored_figures
+from llmrec.item_tokenizers.fit_loop import load_optimizer_tensors, optimizer_tensors
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.recommender import Recommender
-from llmrec.tasks.base import TaskSamples, generator_of
+from llmrec.tasks.base import generator_of
 from llmrec.tasks.batch_plan import BatchPlan
 from llmrec.tasks.next_item import NextItemSamples
 from llmrec.training.alignment import Projections, first_of_each
 from llmrec.training.config import RecFinetuneConfig
+from llmrec.training.item_states import CoveringSamples, ItemStates, StateTables
+from llmrec.training.joint_schedule import JointSchedule
 from llmrec.training.sequence_states import SequenceStates, WatchedForward, watch_states
 from llmrec.training.short_rows import short_rows
-from llmrec.training.tokenizer_training import ItemStates, JointTokenizer, covering_samples
+from llmrec.training.tokenizer_training import JointTokenizer
 from llmrec.training.trainer import RankingTrainer
 from llmrec.vocabulary import find_code_head, head_mode
 
@@ -69,43 +71,6 @@ JOINT_FOLDER = "joint"
 STATE_NAME = "joint_state.json"
 TENSORS_NAME = "joint_state.safetensors"
 CODES_NAME = "semantic_ids.safetensors"
-
-
-@dataclass(frozen=True)
-class JointSchedule:
-    """Who learns when.
-
-    Attributes:
-        cycle: C, epochs of a cycle: one of the item tokenizer, C - 1 of the recommender.
-        warmup_epochs: Epochs, of both kinds, in which nothing is aligned.
-        alternate: Whether they learn in turns; else both in every step, and items are encoded anew after every epoch.
-        train_tokenizer: Whether the item tokenizer learns at all; else nothing is aligned either.
-    """
-
-    cycle: int = 2
-    warmup_epochs: int = 10
-    alternate: bool = True
-    train_tokenizer: bool = True
-
-    def cycle_of(self, epoch: int) -> int:
-        """The cycle that an epoch of the recommender, counted from 0, belongs to."""
-        return epoch // (self.cycle - 1) if self.alternate else epoch
-
-    def epochs_before(self, epoch: int) -> int:
-        """Epochs of both kinds that lie before an epoch of the recommender, the one that began its cycle included."""
-        return epoch + self.cycle_of(epoch) + 1 if self.alternate and self.train_tokenizer else epoch
-
-    def aligns_recommender(self, epoch: int) -> bool:
-        """Whether an epoch of the recommender, counted from 0, is aligned."""
-        return self.train_tokenizer and self.epochs_before(epoch) >= self.warmup_epochs
-
-    def aligns_tokenizer(self, cycle: int) -> bool:
-        """Whether the epoch of the item tokenizer that begins a cycle is aligned."""
-        return self.alternate and self.train_tokenizer and cycle * self.cycle >= self.warmup_epochs
-
-    def num_tokenizer_epochs(self, epochs: int) -> int:
-        """Epochs of the item tokenizer beside so many of the recommender."""
-        return -(-epochs // (self.cycle - 1)) if self.alternate and self.train_tokenizer else 0
 
 
 class JointTrainer(RankingTrainer):
@@ -307,51 +272,34 @@ class JointTrainer(RankingTrainer):
         alone, so the choice is the same on any number of processes.
         """
         plan = cast(BatchPlan, self.plan)
-        samples = cast(NextItemSamples, plan.samples)
-        numbers, items = samples.targets()
         draws = generator_of(self.args.seed, cycle, "item states")
-        chosen = covering_samples(numbers, items, len(samples), len(self.item_tokenizer), draws)
-        draw_of_sample = draws.random(len(samples))
-        subset_samples = _Subset(samples, chosen)
-        self.tokens_read = int(subset_samples.lengths().sum())
-        subset = BatchPlan(
-            subset_samples,
-            rows_per_step=self.args.eval_batch_size * self.processes.count,
+        samples = CoveringSamples.drawn(cast(NextItemSamples, plan.samples), len(self.item_tokenizer), draws)
+        self.tokens_read = int(samples.lengths().sum())
+        size = self.args.eval_batch_size
+        rows = BatchPlan(
+            samples,
+            rows_per_step=size * self.processes.count,
             seed=self.args.seed,
             packing=plan.packing,
             row_length=plan.row_length if plan.packing else None,
             order=plan.order,
-        )
-        rows = subset.rows(cycle)
+        ).rows(cycle)
         model = extract_model_from_parallel(self.model_wrapped, keep_fp32_wrapper=True, keep_torch_compile=False)
         model.eval()
-        device, size = self.processes.device, self.args.eval_batch_size
-        best = np.full(len(self.item_tokenizer), -1.0)
-        summaries = torch.zeros(len(self.item_tokenizer), self.item_tokenizer.code_width)
-        preferences = torch.zeros(len(self.item_tokenizer), self.item_tokenizer.item_width)
+        widths = (self.item_tokenizer.code_width, self.item_tokenizer.item_width)
+        tables = StateTables(len(self.item_tokenizer), *widths)
         starts = range(self.processes.index * size, len(rows), self.processes.count * size)
         for first in tqdm(starts, desc="states of sequences", disable=not self.is_world_process_zero() or None):
-            batch_rows = rows[first : first + size]
-            batch = cast(Any, self.data_collator)(
-                [[subset_samples.sample(int(number), cycle) for number in row] for row in batch_rows]
-            )
+            of_batch = rows[first : first + size]
+            batch = cast(Any, self.data_collator)([[samples.sample(int(n), cycle) for n in row] for row in of_batch])
             states = self._states_of(model, batch)
+            with torch.autocast(self.processes.device.type, enabled=False):
+                summaries = self.projections.to_codes(states.summaries.float())
+                preferences = self.projections.to_items(states.preferences.float())
+            numbers = np.concatenate([*of_batch, np.empty(0, dtype=np.int64)])
             found = self._rows_of(states.codes).cpu().numpy()
-            # Draws of a sample's targets differ, in case an item stands twice in it.
-            of_rows = np.concatenate([*batch_rows, np.empty(0, dtype=np.int64)])
-            counts = subset_samples.counts[of_rows]
-            ordinal = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            draw = (np.repeat(draw_of_sample[chosen[of_rows]], counts) + 0.618034 * ordinal) % 1.0
-            falling = np.argsort(-draw, kind="stable")
-            rows_found, first_of = np.unique(found[falling], return_index=True)  # the greatest draw of each item
-            places = falling[first_of]
-            better = draw[places] > best[rows_found]
-            places, rows_found = places[better], rows_found[better]
-            best[rows_found] = draw[places]
-            with torch.autocast(device.type, enabled=False):
-                summaries[rows_found] = self.projections.to_codes(states.summaries.float()).cpu()[places]
-                preferences[rows_found] = self.projections.to_items(states.preferences.float()).cpu()[places]
-        return self._of_all_processes(torch.from_numpy(best), summaries, preferences)
+            tables.offer(found, samples.draws_of_targets(numbers), summaries.cpu(), preferences.cpu())
+        return tables.of_all(self.processes)
 
     def _states_of(self, model: Any, batch: dict[str, Tensor]) -> SequenceStates:
         """One forward without a head: of a decoder that reads another's states its start token alone."""
@@ -376,17 +324,6 @@ class JointTrainer(RankingTrainer):
             width = labels.shape[1]
             watched.head_input = watched.head_input.expand(-1, width, -1)
         return watched.states(inputs, labels, self.vocabulary)
-
-    def _of_all_processes(self, best: Tensor, summaries: Tensor, preferences: Tensor) -> ItemStates:
-        """Of each item the states of the process that has the greatest draw."""
-        if self.processes.count == 1:
-            return ItemStates(best >= 0, summaries, preferences)
-        device = self.processes.device
-        drawn = self.processes.gather_rows(best.to(device)[None])  # [processes, N]
-        greatest, winner = drawn.max(dim=0)
-        mine = ((winner == self.processes.index) & (greatest >= 0))[:, None]
-        tables = [self.processes.sum(table.to(device) * mine).cpu() for table in (summaries, preferences)]
-        return ItemStates((greatest >= 0).cpu(), tables[0], tables[1])
 
     def _rows_of(self, codes: Tensor) -> Tensor:
         """Catalogue rows, int64 [n], of codes int64 [n, L] that an item has."""
@@ -471,11 +408,16 @@ class JointTrainer(RankingTrainer):
             if self.args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(self.projections.parameters(), self.args.max_grad_norm)
             for group in self._projections_optimizer.param_groups:
-                group["lr"] = self._get_learning_rate()
+                group["lr"] = self.args.learning_rate * self._schedule_factor()
             self._projections_optimizer.step()
             self._projections_optimizer.zero_grad(set_to_none=True)
         if self.schedule.train_tokenizer and not self.schedule.alternate:
             self.item_tokenizer.step(gradients_of=self.processes.count)
+
+    def _schedule_factor(self) -> float:
+        """The learning rate of now over the highest; that of the first group, which may have a rate of its own."""
+        highest = cast(torch.optim.Optimizer, self.optimizer).param_groups[0]["initial_lr"]
+        return self._get_learning_rate() / highest if highest else 0.0
 
     # What is measured
 
@@ -538,8 +480,7 @@ class JointTrainer(RankingTrainer):
         self.recommender.semantic_ids.save(folder / CODES_NAME)
         tensors = {f"tokenizer.{name}": tensor for name, tensor in self.item_tokenizer.state().items()}
         tensors |= {f"projections.{name}": tensor for name, tensor in self.projections.state_dict().items()}
-        for number, moments in self._projections_optimizer.state_dict()["state"].items():
-            tensors |= {f"projections_optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        tensors |= optimizer_tensors(self._projections_optimizer, "projections_optimizer.")
         save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / TENSORS_NAME)
         content = {
             "format_version": FORMAT_VERSION,
@@ -574,12 +515,7 @@ class JointTrainer(RankingTrainer):
         self.item_tokenizer.epochs_done = int(content["tokenizer_epochs"])
         self.item_tokenizer.steps_done = int(content["tokenizer_steps"])
         self.projections.load_state_dict(part("projections."))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in part("projections_optimizer.").items():
-            number, key = name.split(".")
-            moments.setdefault(int(number), {})[key] = tensor
-        groups = self._projections_optimizer.state_dict()["param_groups"]
-        self._projections_optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        load_optimizer_tensors(self._projections_optimizer, part("projections_optimizer."))
         self.records, self._sums = list(content["records"]), dict(content["sums"])
         if not self.processes.is_main:  # they are those of all processes: one goes on from them
             self._sums |= dict.fromkeys(("loss", "sia", "psa"), 0.0)
@@ -606,32 +542,3 @@ class _SideOptimizers(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._trainer.step_projections()
-
-
-class _Subset(TaskSamples):
-    """Some samples of a task.
-
-    Attributes:
-        counts: Targets of each of them, int64.
-    """
-
-    name = "next_item"
-
-    def __init__(self, samples: NextItemSamples, chosen: np.ndarray):
-        self._samples, self._chosen = samples, chosen
-        numbers, _ = samples.targets()
-        self.counts = np.bincount(numbers, minlength=len(samples))[chosen]
-        self._lengths = samples.lengths(0)[chosen]
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    @property
-    def num_targets(self) -> int:
-        return int(self.counts.sum())
-
-    def lengths(self, epoch: int = 0) -> np.ndarray:
-        return self._lengths
-
-    def sample(self, index: int, epoch: int = 0) -> dict[str, list[int]]:
-        return self._samples.sample(int(self._chosen[index]))

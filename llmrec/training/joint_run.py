@@ -52,9 +52,10 @@ from llmrec.training.finetune import (
 )
 from llmrec.training.finetune import parse as parse_with
 from llmrec.training.gathering import loaded_whole, trained_parameters
-from llmrec.training.joint import JointSchedule, JointTrainer
+from llmrec.training.joint import JointTrainer
 from llmrec.training.joint_arguments import JointArguments
 from llmrec.training.joint_report import write_history, write_joint_report
+from llmrec.training.joint_schedule import JointSchedule
 from llmrec.training.preparation import ItemCodes, prepare_data, prepare_item_codes
 from llmrec.training.tokenizer_training import AlignmentSettings, JointTokenizer, TokenizerTraining
 from llmrec.training.trainer import RankingTrainer

@@ -14,9 +14,8 @@ This module knows an item tokenizer, and states as tables. It knows no language 
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,12 @@ from torch import Tensor
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.errors import DataError
 from llmrec.item_tokenizers.base import QuantizedItems
-from llmrec.item_tokenizers.fit_loop import TrainBatch, seeded
+from llmrec.item_tokenizers.fit_loop import TrainBatch, load_optimizer_tensors, optimizer_tensors, seeded
 from llmrec.item_tokenizers.item_vectors import ItemVectors
 from llmrec.item_tokenizers.trained import TrainedTokenizer
 from llmrec.processes import Processes
 from llmrec.training.alignment import preference_semantic_losses, sequence_item_losses
+from llmrec.training.item_states import ItemStates
 
 logger = logging.getLogger(__name__)
 
@@ -74,21 +74,6 @@ class TokenizerTraining:
     passes: int = 1
     max_grad_norm: float = 1.0
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class ItemStates:
-    """What the frozen recommender says of the sequences that led to each item, projected.
-
-    Attributes:
-        known: bool [N] on the CPU, whether there is any for the item.
-        summaries: float32 [N, d] on the CPU, in the space of the codes; 0 where not known.
-        preferences: float32 [N, D] on the CPU, in the space of the reconstructions; likewise.
-    """
-
-    known: Tensor
-    summaries: Tensor
-    preferences: Tensor
 
 
 class JointTokenizer:
@@ -294,8 +279,7 @@ class JointTokenizer:
     def state(self) -> dict[str, Tensor]:
         """Weights and optimiser, on the CPU, by name."""
         tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        for number, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        tensors |= optimizer_tensors(self.optimizer, "optimizer.")
         return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -310,51 +294,5 @@ class JointTokenizer:
             self.module.load_state_dict(weights)
         except RuntimeError as error:
             raise DataError(f"the checkpoint is of another item tokenizer: {error}") from error
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".")
-                moments.setdefault(int(number), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def covering_samples(
-    samples: np.ndarray, items: np.ndarray, num_samples: int, num_items: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Few samples whose targets are, together, all the items that are a target anywhere.
-
-    Samples are gone through in random order, several times: at first those with many targets that no chosen sample has
-    are taken, at last those with a single one. Where a sample has one target this draws one sample an item.
-
-    Args:
-        samples: Number of the sample of each target, int64 [T], ascending.
-        items: Its item, int64 [T].
-        num_samples: How many samples there are.
-        num_items: N.
-        generator: Source of the order.
-
-    Returns:
-        Numbers of the chosen samples, ascending, int64.
-    """
-    starts = np.searchsorted(samples, np.arange(num_samples + 1)).tolist()
-    targets: Sequence[int] = items.tolist()
-    covered = bytearray(num_items)
-    left = generator.permutation(num_samples).tolist()
-    threshold = max((end - start for start, end in pairwise(starts)), default=1)
-    chosen = []
-    while left:
-        threshold = max(threshold // 2, 1)
-        later = []
-        for sample in left:
-            new = {item for item in targets[starts[sample] : starts[sample + 1]] if not covered[item]}
-            if not new:
-                continue
-            if len(new) >= threshold:
-                chosen.append(sample)
-                for item in new:
-                    covered[item] = 1
-            else:
-                later.append(sample)
-        left = later
-    return np.sort(np.array(chosen, dtype=np.int64))
+        moments = {name[10:]: tensor for name, tensor in tensors.items() if name[:10] == "optimizer."}
+        load_optimizer_tensors(self.optimizer, moments)

@@ -97,7 +97,8 @@ def make_trainer(plan, folder):
     from llmrec.recommender_folder import RecommenderConfig
     from llmrec.tasks.next_item import NextItemTask, training_samples
     from llmrec.training.config import RecFinetuneConfig
-    from llmrec.training.joint import JointSchedule, JointTrainer
+    from llmrec.training.joint import JointTrainer
+    from llmrec.training.joint_schedule import JointSchedule
     from llmrec.vocabulary import CodeVocabulary
 
     defaults = {

@@ -14,12 +14,14 @@ from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.quantizers import residual_codes
 from llmrec.training.alignment import preference_semantic_losses, sequence_item_losses
 from llmrec.training.arguments import ModelArguments
-from llmrec.training.joint import JOINT_FOLDER, JointSchedule
+from llmrec.training.item_states import covering_samples
+from llmrec.training.joint import JOINT_FOLDER
 from llmrec.training.joint_arguments import JointArguments
 from llmrec.training.joint_run import _train_final
+from llmrec.training.joint_schedule import JointSchedule
 from llmrec.training.preparation import ItemCodes
 from llmrec.training.sequence_states import watch_states
-from llmrec.training.tokenizer_training import JointTokenizer, covering_samples
+from llmrec.training.tokenizer_training import JointTokenizer
 from llmrec.training.trainer import RankingTrainer
 from llmrec.vocabulary import find_code_head
 
