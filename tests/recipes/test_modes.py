@@ -13,6 +13,10 @@ import yaml
 from launching import free_port
 from safetensors.numpy import load_file
 
+from llmrec.data.loading import load_dataset_from
+from llmrec.embeddings.base import ItemEmbeddings
+from llmrec.errors import SettingsError
+from llmrec.item_tokenizers.fitting import FitSettings, fit_from_settings
 from llmrec.pretrained import load_text_tokenizer
 from llmrec.recommender import Recommender
 from llmrec.tiny_model import TINY_LLAMA, build, is_built_in
@@ -179,6 +183,59 @@ def test_joint_training_with_the_item_tokenizer_left_alone(small, tmp_path):
     recommender, _, _ = run_jointly(path, small, tmp_path, "--train_tokenizer", "false")
     fitted = load_file(tmp_path / "item_codes" / "semantic_ids.safetensors")
     assert np.array_equal(recommender.semantic_ids.codes, fitted["codes"])
+
+
+@pytest.mark.parametrize("method", ["rq_kmeans", "letter", "simcit"])
+def test_joint_training_from_a_fitted_item_tokenizer(method, small, tmp_path):
+    """With its own levels alone; what comes out takes new items, and embeddings of another kind are refused."""
+    text = {"from": "text", "encoder": "tfidf", "width": 8}
+    collaborative = {"from": "sasrec", "width": 8, "epochs": 1}
+    of_method = {
+        "rq_kmeans": ({"text": text}, {}),
+        "letter": (
+            {"text": text, "collaborative": collaborative},
+            {"codebook_dim": 8, "epochs": 2, "num_clusters": 2},
+        ),
+        "simcit": ({"text": text, "collaborative": collaborative}, {"codebook_dim": 8, "epochs": 2}),
+    }
+    embeddings, more = of_method[method]
+    if method != "rq_kmeans":
+        more = {**more, "hidden_sizes": [16], "batch_size": 16}
+    settings = {
+        "method": method,
+        "dataset": str(small / "interactions.csv"),
+        "embeddings": embeddings,
+        "item_tokenizer": {"num_codebooks": 3, "codebook_size": 8, **more},
+    }
+    settings_file = tmp_path / "settings.yaml"
+    settings_file.write_text(yaml.safe_dump(settings))
+    dataset = load_dataset_from(str(small / "interactions.csv"), items=str(small / "items.csv"))
+    fit_from_settings(FitSettings.from_yaml(settings_file), tmp_path / "fitted", dataset=dataset)
+    path = ROOT / "recipes" / "synthetic" / "etegrec_t5.yaml"
+    given = ["--item_tokenizer", str(tmp_path / "fitted"), "--uniqueness", "min_cost"]
+    with pytest.raises(SettingsError, match="embeddings_from"):
+        run_jointly(path, small, tmp_path / "run", *given)
+    recommender, _, _ = run_jointly(
+        path, small, tmp_path / "run", *given, "--embeddings_from", str(settings_file), "--psa_weight", "0.1"
+    )
+    assert recommender.semantic_ids.codebook_sizes == (8, 8, 8)
+    assert recommender.semantic_ids.is_unique
+    found = json.loads((tmp_path / "run" / "joint_history.json").read_text())["cycles"][0]
+    assert np.isfinite([found["tokenizer_sia"], found["tokenizer_psa"], found["recommender_psa"]]).all()
+    saved = Recommender.from_pretrained(tmp_path / "run" / "recommender")
+    widths = saved.item_tokenizer.widths
+    vectors = np.random.default_rng(0).standard_normal((1, 8), dtype=np.float32)
+    saved.add_items(
+        [{"item_id": "new"}], {name: ItemEmbeddings(("new",), vectors[:, :width]) for name, width in widths.items()}
+    )
+    assert "new" in {
+        item.item_id for item in saved.recommend(["item1"], k=NUM_ITEMS, exclude_seen=False, num_beams=64)
+    }
+
+    other = {**settings, "embeddings": {name: {**text, "fields": ["description"]} for name in embeddings}}
+    settings_file.write_text(yaml.safe_dump(other))
+    with pytest.raises(SettingsError, match="not those that it was fitted on"):
+        run_jointly(path, small, tmp_path / "other", *given, "--embeddings_from", str(settings_file))
 
 
 def test_all_tasks_and_search(small, tmp_path):
