@@ -3,9 +3,9 @@
     python eval/benchmarks/joint_cost.py --quick                          # the T5 alone, fewer steps
     python eval/benchmarks/joint_cost.py --output joint_cost.json         # some minutes
 
-On Amazon Beauty, with the sizes of the paper: RQ-VAE 256-512-256-128 of three levels of 256 codes on vectors of width
-256 (random ones: what they hold costs nothing), a counter level, and as recommenders the paper's T5 and SmolLM2-135M
-with LoRA. The first half of a cycle, states of sequences, an epoch of the item tokenizer and the encoding of all
+On Amazon Beauty, with the settings of recipes/beauty/etegrec_*.yaml: the paper's T5 and SmolLM2-135M with LoRA, RQ-VAE
+256-512-256-128 of three levels of 256 codes on vectors of width 256 (random ones: what they hold costs nothing), and a
+counter level. The first half of a cycle, states of sequences, an epoch of the item tokenizer and the encoding of all
 12,101 items, is run whole, with the alignments on. Of the recommender's epoch a number of steps is timed, with the
 alignments on too, and their median taken for every step.
 
@@ -76,7 +76,7 @@ def trainer_of(recipe: str, splits: DatasetSplits, folder: Path, *, steps: int) 
     """The joint trainer of a recipe for some steps, aligned from the first."""
     more = {"output_dir": folder, "max_steps": steps, "alignment_warmup_epochs": 0, "eval_strategy": "no"}
     more |= {"save_strategy": "no", "load_best_model_at_end": "false", "logging_strategy": "no", "final_epochs": 0}
-    more |= {"early_stopping_patience": 0, "warmup_steps": 0, "disable_tqdm": "true", "tokenizer_passes": 1}
+    more |= {"early_stopping_patience": 0, "warmup_steps": 0, "disable_tqdm": "true"}
     line = [part for name, value in more.items() for part in (f"--{name}", str(value))]
     arguments, training, model_arguments = parse(["--config", str(ROOT / "recipes" / "beauty" / recipe), *line])
     if model_arguments.model_name_or_path == ETEGREC:
@@ -86,7 +86,7 @@ def trainer_of(recipe: str, splits: DatasetSplits, folder: Path, *, steps: int) 
     joint = JointTokenizer(
         tokenizer,
         embeddings,
-        TokenizerTraining(batch_size=arguments.tokenizer_batch_size),
+        TokenizerTraining(batch_size=arguments.tokenizer_batch_size, passes=arguments.tokenizer_passes),
         AlignmentSettings(),
         Processes.launched(),
     )
