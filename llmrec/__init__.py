@@ -45,10 +45,14 @@ if TYPE_CHECKING:
     from llmrec.tasks.registry import build_samples
     from llmrec.tasks.source import TextColumns
     from llmrec.training.config import RecFinetuneConfig
+    from llmrec.training.joint import JointTrainer
+    from llmrec.training.joint_schedule import JointSchedule
+    from llmrec.training.tokenizer_training import AlignmentSettings, JointTokenizer, TokenizerTraining
     from llmrec.training.trainer import RankingTrainer
     from llmrec.vocabulary import CodeVocabulary, add_code_rows
 
 _MODULES = {
+    "AlignmentSettings": "llmrec.training.tokenizer_training",
     "BatchSummary": "llmrec.recommendation.batch",
     "CodeDiagnostics": "llmrec.item_tokenizers.diagnostics",
     "CodeVocabulary": "llmrec.vocabulary",
@@ -59,6 +63,9 @@ _MODULES = {
     "ItemEmbeddings": "llmrec.embeddings.base",
     "ItemTokenizer": "llmrec.item_tokenizers.base",
     "ItemTrie": "llmrec.generation.trie",
+    "JointSchedule": "llmrec.training.joint_schedule",
+    "JointTokenizer": "llmrec.training.tokenizer_training",
+    "JointTrainer": "llmrec.training.joint",
     "LetterConfig": "llmrec.item_tokenizers.letter",
     "LetterTokenizer": "llmrec.item_tokenizers.letter",
     "LightGCN": "llmrec.embeddings.lightgcn",
@@ -84,6 +91,7 @@ _MODULES = {
     "SimCITTokenizer": "llmrec.item_tokenizers.simcit",
     "TaskMixture": "llmrec.tasks.mixture",
     "TextColumns": "llmrec.tasks.source",
+    "TokenizerTraining": "llmrec.training.tokenizer_training",
     "TrieLogitsProcessor": "llmrec.generation.logits_process",
     "add_code_rows": "llmrec.vocabulary",
     "build_samples": "llmrec.tasks.registry",
