@@ -14,15 +14,15 @@ from typing import Any
 from llmrec._version import __version__
 from llmrec.errors import DataError
 from llmrec.files import atomic_file, check_format, read_json, write_json
-from llmrec.item_tokenizers.report.charts import NUM_COLOURS, figure, line_chart, percent
+from llmrec.item_tokenizers.report.charts import figure, line_chart, percent
+from llmrec.item_tokenizers.report.parts import cards, panel, section
 from llmrec.item_tokenizers.report.style import PAGE, STYLE
-from llmrec.item_tokenizers.report.verdicts import STATE_WORDS, Verdict
+from llmrec.item_tokenizers.report.verdicts import Verdict
 
 FORMAT_VERSION = 1
 ALIGNMENT_ON = "alignment on"
 EPOCH_TOLERANCE = 1e-3  # epochs are counted in fractions, and rounded in the records
 
-_SIGNS = {"good": "✓", "look": "!", "bad": "✕"}
 _TERM = "tokenizer_"
 _NOT_A_TERM = ("tokenizer_sia", "tokenizer_psa", "tokenizer_seconds")
 _SHARES = ("share_changed", "collision_rate", "utilisation")
@@ -221,17 +221,7 @@ def _name_levels(letters: Sequence[str]) -> str:
 
 def _headline(title: str, records: Sequence[Record], verdicts: Sequence[Verdict]) -> Iterator[str]:
     yield f"<header><h1>{escape(title)}</h1><p>{escape(_summary(records))}</p></header>"
-    yield '<section><div class="cards">'
-    for verdict in verdicts:
-        yield (
-            f'<article class="card {verdict.state}"><h3>{escape(verdict.name)}</h3><p class="figure">'
-            f'{escape(verdict.value)}</p><p class="pill">{_SIGNS[verdict.state]} {STATE_WORDS[verdict.state]}</p>'
-            f"<p>{escape(verdict.meaning)}</p>"
-        )
-        if verdict.remedy:
-            yield f'<p class="remedy">{escape(verdict.remedy)}</p>'
-        yield "</article>"
-    yield "</div></section>"
+    yield from cards(verdicts)
 
 
 def _summary(records: Sequence[Record]) -> str:
@@ -268,12 +258,12 @@ def _charts(records: Sequence[Record], best: float | None) -> Iterator[str]:
             events=events,
             ring=(best, "best") if ring and best is not None else None,
         )
-        return _panel(heading, chart, facts, list(lines) if len(series) > 1 else ()) if chart else ""
+        return panel(heading, chart, facts, list(lines) if len(series) > 1 else ()) if chart else ""
 
     def of(names: Mapping[str, str]) -> dict[str, list[Point]]:
         return {name: _points(records, key) for key, name in names.items()}
 
-    yield from _section(
+    yield from section(
         "Recommender",
         "Means of each cycle's epochs, and its last evaluation on the validation split."
         + ("" if best is None else f" Ringed: cycle {best:g}, the best."),
@@ -288,7 +278,7 @@ def _charts(records: Sequence[Record], best: float | None) -> Iterator[str]:
         ],
     )
     levels = {_letter(level): points for level, points in enumerate(_levels(records))}
-    yield from _section(
+    yield from section(
         "Codes",
         "Of all items, as encoded in each cycle and before the uniqueness policy.",
         [
@@ -298,7 +288,7 @@ def _charts(records: Sequence[Record], best: float | None) -> Iterator[str]:
         ],
     )
     both = {"tokenizer": "item tokenizer's epochs", "recommender": "recommender's epochs"}
-    yield from _section(
+    yield from section(
         "Alignment",
         "Mean losses without their weights, in the epochs of either side. Lower: the two sides agree more.",
         [
@@ -307,7 +297,7 @@ def _charts(records: Sequence[Record], best: float | None) -> Iterator[str]:
         ],
     )
     terms = [name for name in _names(records) if name.startswith(_TERM) and name not in _NOT_A_TERM]
-    yield from _section(
+    yield from section(
         "Item tokenizer's own loss",
         "Mean of each term over its epochs.",
         [draw(_words(name.removeprefix(_TERM)), of({name: name})) for name in terms],
@@ -366,22 +356,6 @@ def _cell(name: str, value: Any) -> str:
     if name in ("cycle", "epoch"):
         return f"{value:g}"
     return _share(value) if name in _SHARES else figure(value)
-
-
-def _section(heading: str, text: str, panels: Sequence[str]) -> Iterator[str]:
-    """Nothing where all panels are empty."""
-    if any(panels):
-        yield f"<section><h2>{escape(heading)}</h2><p>{escape(text)}</p>"
-        yield f'<div class="charts">{"".join(panels)}</div></section>'
-
-
-def _panel(heading: str, chart: str, facts: str, names: Sequence[str]) -> str:
-    entries = "".join(
-        f'<span><i class="b{number % NUM_COLOURS}"></i>{escape(name)}</span>' for number, name in enumerate(names)
-    )
-    legend = f'<p class="legend">{entries}</p>' if entries else ""
-    note = f'<p class="facts">{escape(facts)}</p>' if facts else ""
-    return f'<div class="panel"><h3>{escape(heading)}</h3>{legend}{chart}{note}</div>'
 
 
 def _form(series: Mapping[str, Sequence[Point]]) -> Callable[[float], str]:

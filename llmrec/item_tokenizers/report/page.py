@@ -27,14 +27,14 @@ from llmrec.item_tokenizers.report.charts import (
     percent,
     point_map,
 )
+from llmrec.item_tokenizers.report.parts import cards, legend, panel, section
 from llmrec.item_tokenizers.report.style import PAGE, STYLE
-from llmrec.item_tokenizers.report.verdicts import STATE_WORDS, Verdict, judge
+from llmrec.item_tokenizers.report.verdicts import Verdict, judge
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 
 MAP_ITEMS = 4_000  # drawn at most: about 0.6 MB
 TITLE_LENGTH = 80
 GROUP_SIZES = ((2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, None))
-_SIGNS = {"good": "✓", "look": "!", "bad": "✕"}
 _OF_LEVEL = re.compile(r"(.+)_([a-z])")  # used_a, perplexity_b: one chart for all levels
 
 
@@ -91,17 +91,7 @@ def _headline(title: str, after: CodeDiagnostics, verdicts: Sequence[Verdict]) -
     sizes = ", ".join(dict.fromkeys(f"{level.codebook_size:,}" for level in after.levels))
     yield f"<header><h1>{escape(title)}</h1><p>{after.num_items:,} items, {len(after.levels)} levels of {sizes} codes,"
     yield f" uniqueness policy {escape(after.policy)}</p></header>"
-    yield '<section><div class="cards">'
-    for verdict in verdicts:
-        yield (
-            f'<article class="card {verdict.state}"><h3>{escape(verdict.name)}</h3><p class="figure">'
-            f'{escape(verdict.value)}</p><p class="pill">{_SIGNS[verdict.state]} {STATE_WORDS[verdict.state]}</p>'
-            f"<p>{escape(verdict.meaning)}</p>"
-        )
-        if verdict.remedy:
-            yield f'<p class="remedy">{escape(verdict.remedy)}</p>'
-        yield "</article>"
-    yield "</div></section>"
+    yield from cards(verdicts)
 
 
 def _usage(after: CodeDiagnostics, semantic_ids: SemanticIds) -> Iterator[str]:
@@ -112,8 +102,8 @@ def _usage(after: CodeDiagnostics, semantic_ids: SemanticIds) -> Iterator[str]:
         heading = f"Level {_letter(number)}" + (" (counter)" if is_counter else "")
         facts = f"{level.used:,} of {level.codebook_size:,} codes used, {level.dead:,} dead · perplexity"
         facts += f" {level.perplexity:,.1f} · Gini {level.gini:.2f} · largest {level.largest:,}"
-        charts.append(_chart(heading, area_chart(counts, label=f"Items per code of level {_letter(number)}"), facts))
-    yield from _section(
+        charts.append(panel(heading, area_chart(counts, label=f"Items per code of level {_letter(number)}"), facts))
+    yield from section(
         "Use of the codes",
         "Items of each code, most used first. A flat top is even use; a spike at the left means that a few codes hold"
         " most items. Shaded: codes without items.",
@@ -138,7 +128,7 @@ def _collisions(before: CodeDiagnostics, after: CodeDiagnostics) -> Iterator[str
             f"{name}: {found.group_sizes.get(1, 0):,} of {found.num_items:,} items alone"
             for name, found in zip(series, (before, after)[-len(series) :], strict=True)
         )
-        charts.append(_chart("Items by size of their group", chart, alone, list(series)))
+        charts.append(panel("Items by size of their group", chart, alone, list(series)))
     prefixes = after.prefixes
     if prefixes:
         chart = bar_chart(
@@ -147,10 +137,10 @@ def _collisions(before: CodeDiagnostics, after: CodeDiagnostics) -> Iterator[str
             label="Different prefixes by depth",
         )
         each = ", ".join(f"{prefix.items_each:,.1f}" for prefix in prefixes)
-        charts.append(_chart("Different prefixes by depth", chart, f"items of each in the mean: {each}"))
+        charts.append(panel("Different prefixes by depth", chart, f"items of each in the mean: {each}"))
     text = "Items that share all their codes with another, by the number of items that share them." if shown else ""
     text += "" if shown else "No two items share all their codes."
-    yield from _section("Collisions and prefixes", text, charts)
+    yield from section("Collisions and prefixes", text, charts)
 
 
 def _in_groups(found: CodeDiagnostics) -> list[int]:
@@ -171,11 +161,11 @@ def _kept(after: CodeDiagnostics) -> Iterator[str]:
         names = ["none", *("".join(_letter(level) for level in range(depth)) for depth in range(1, len(errors)))]
         chart = bar_chart(names, {"error left": errors}, label="Reconstruction error by level", form=percent)
         facts = "share of the variance of the latents that the first codes don't tell"
-        charts.append(_chart("Reconstruction by level", chart, facts))
+        charts.append(panel("Reconstruction by level", chart, facts))
     for space, agreement in after.neighbours.items():
         charts.append(_neighbour_chart(space, agreement))
     if charts:
-        yield from _section(
+        yield from section(
             "What the codes keep",
             "How near the codes bring back what was quantised, and how often an item's nearest items (by cosine) share"
             " its first codes, against random pairs. Codes that know nothing of a space lie at chance.",
@@ -197,7 +187,7 @@ def _neighbour_chart(space: str, agreement: NeighbourAgreement) -> str:
     lifts = ", ".join("-" if lift is None else f"{lift:,.0f}" for lift in agreement.lift)
     facts = f"{agreement.num_neighbours} nearest of {agreement.num_queries:,} items · chance {chances} · times chance"
     facts += f" {lifts} · equal codes, mean over levels {agreement.code_overlap:.3f}"
-    return _chart(f"{space.capitalize()} neighbours", chart, facts, list(series), ["chance"])
+    return panel(f"{space.capitalize()} neighbours", chart, facts, list(series), ["chance"])
 
 
 def _map(
@@ -229,7 +219,7 @@ def _map(
         " in strong colours, the others pale. Point at one to see its title and codes, and its whole group. Groups"
         " that hold together are what one hopes for; the map keeps only"
         f" {share:.0%} of the variance, so groups that overlap here may lie apart.</p>"
-        f'<div class="panel">{_legend(names)}{drawn}<p class="facts">{sample} · first two principal components of'
+        f'<div class="panel">{legend(names)}{drawn}<p class="facts">{sample} · first two principal components of'
         " their directions</p></div></section>"
     )
 
@@ -273,9 +263,9 @@ def _curves(history: Sequence[Mapping[str, float]]) -> Iterator[str]:
         )
         if chart:
             words = heading.replace("_", " ")
-            charts.append(_chart(words[0].upper() + words[1:], chart, "", list(series) if len(series) > 1 else []))
+            charts.append(panel(words[0].upper() + words[1:], chart, "", list(series) if len(series) > 1 else []))
     if charts:
-        yield from _section("While fitting", "Figures of all items, measured every few epochs.", charts)
+        yield from section("While fitting", "Figures of all items, measured every few epochs.", charts)
 
 
 def _levels(after: CodeDiagnostics) -> Iterator[str]:
@@ -291,26 +281,6 @@ def _levels(after: CodeDiagnostics) -> Iterator[str]:
             cells += [f"{prefix.distinct:,}", f"{prefix.items_each:,.2f}", f"{prefix.largest:,}"]
         yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     yield "</tbody></table></div></section>"
-
-
-def _section(heading: str, text: str, charts: Sequence[str]) -> Iterator[str]:
-    yield f"<section><h2>{escape(heading)}</h2><p>{escape(text)}</p>"
-    yield f'<div class="charts">{"".join(charts)}</div></section>'
-
-
-def _chart(heading: str, chart: str, facts: str = "", names: Sequence[str] = (), muted: Sequence[str] = ()) -> str:
-    legend = _legend([escape(name) for name in names], muted) if names else ""
-    note = f'<p class="facts">{escape(facts)}</p>' if facts else ""
-    return f'<div class="panel"><h3>{escape(heading)}</h3>{legend}{chart}{note}</div>'
-
-
-def _legend(names: Sequence[str], muted: Sequence[str] = ()) -> str:
-    """Names (already escaped) with the colour of their place."""
-    entries = "".join(
-        f'<span><i class="{"bm" if name in muted else f"b{number % 8}"}"></i>{name}</span>'
-        for number, name in enumerate(names)
-    )
-    return f'<p class="legend">{entries}</p>'
 
 
 def _letter(level: int) -> str:
