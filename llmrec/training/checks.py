@@ -16,6 +16,8 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from llmrec.errors import SettingsError
+from llmrec.pretrained import auto_model_class, resolve_pretrained
+from llmrec.tiny_model import ETEGREC, LETTER_TIGER, is_built_in
 from llmrec.training.arguments import FinetuneArguments, ModelArguments
 from llmrec.training.checkpoint_files import check_whole
 from llmrec.training.checkpoints import LATEST
@@ -113,11 +115,30 @@ def _wrong_engine(training: RecFinetuneConfig, model_arguments: ModelArguments) 
             f"load_in_4bit is true under {sharded} and bnb_4bit_quant_storage is {storage}: only weights that are"
             " stored as floating-point numbers can be shared out; set bnb_4bit_quant_storage: bfloat16"
         )
+    if sharded == "FSDP" and _is_encoder_decoder(model_arguments):
+        yield (
+            f"model_name_or_path is {model_arguments.model_name_or_path!r}, an encoder-decoder, and the engine is"
+            " FSDP: encoder and decoder read one embedding, which FSDP can't share out; launch with"
+            " accelerate_configs/ddp.yaml or deepspeed_zero3.yaml"
+        )
     if training.save_on_each_node:
         yield (
             f"save_on_each_node is true under {sharded}: what is trained is gathered on one process only; set it to"
             " false, and let output_dir be on a disk that all machines share"
         )
+
+
+def _is_encoder_decoder(model_arguments: ModelArguments) -> bool:
+    from transformers import AutoModelForSeq2SeqLM
+
+    name = str(model_arguments.model_name_or_path)
+    if is_built_in(name):
+        return name in (ETEGREC, LETTER_TIGER)
+    source = resolve_pretrained(name)
+    if source.gguf_file is not None:
+        return False
+    place = {"revision": model_arguments.model_revision} if source.is_hub_id else {}
+    return auto_model_class(source.path, **place) is AutoModelForSeq2SeqLM
 
 
 def _sharded_by(training: RecFinetuneConfig) -> str | None:

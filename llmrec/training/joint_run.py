@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,11 +29,9 @@ from llmrec.item_tokenizers.fitting import FitSettings, embeddings_of
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.item_tokenizers.trainable import trainable_tokenizer
 from llmrec.item_tokenizers.trained import TrainedTokenizer
-from llmrec.pretrained import auto_model_class, resolve_pretrained
 from llmrec.processes import Processes, gathered
 from llmrec.recommender import Recommender
 from llmrec.tasks.next_item import training_samples
-from llmrec.tiny_model import ETEGREC, LETTER_TIGER, is_built_in
 from llmrec.training.arguments import ModelArguments
 from llmrec.training.checkpoints import LATEST
 from llmrec.training.checks import check_settings
@@ -85,7 +82,6 @@ def train_jointly(
     from accelerate import PartialState
 
     check_settings(arguments, training, model_arguments)
-    _check_engine(training, model_arguments)
     state: PartialState = PartialState()
     push = take_push(arguments, training, model_arguments)
     settings = _embedding_settings(arguments)
@@ -120,30 +116,6 @@ def train_jointly(
     return finish(
         recommender, last, splits, codes, arguments, training, model_arguments, push=push, described=described
     )
-
-
-def _check_engine(training: RecFinetuneConfig, model_arguments: ModelArguments) -> None:
-    """Refuses what the engine can't take, before data are read."""
-    if not (parse_flag_from_env("ACCELERATE_USE_FSDP") or training.fsdp_plugin_args):
-        return
-    name = str(model_arguments.model_name_or_path)
-    if _is_encoder_decoder(name, model_arguments.model_revision):
-        raise SettingsError(
-            f"model_name_or_path is {name!r}, an encoder-decoder, and the engine is FSDP: encoder and decoder read one"
-            " embedding, which FSDP can't share out; launch with accelerate_configs/ddp.yaml or deepspeed_zero3.yaml"
-        )
-
-
-def _is_encoder_decoder(name: str, revision: str | None) -> bool:
-    from transformers import AutoModelForSeq2SeqLM
-
-    if is_built_in(name):
-        return name in (ETEGREC, LETTER_TIGER)
-    source = resolve_pretrained(name)
-    if source.gguf_file is not None:
-        return False
-    place = {"revision": revision} if source.is_hub_id else {}
-    return auto_model_class(source.path, **place) is AutoModelForSeq2SeqLM
 
 
 def _resumed_from(training: RecFinetuneConfig) -> tuple[str | None, str | None]:
