@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from launching import free_port
 from safetensors.numpy import load_file
@@ -183,6 +185,31 @@ def test_joint_training_with_the_item_tokenizer_left_alone(small, tmp_path):
     recommender, _, _ = run_jointly(path, small, tmp_path, "--train_tokenizer", "false")
     fitted = load_file(tmp_path / "item_codes" / "semantic_ids.safetensors")
     assert np.array_equal(recommender.semantic_ids.codes, fitted["codes"])
+
+
+def test_joint_training_killed_in_its_last_phase(small, tmp_path):
+    """Resumed, it goes on there with the codes of the joint phase, and ends as the run that wasn't killed."""
+    path = ROOT / "recipes" / "synthetic" / "etegrec_t5.yaml"
+    often = ["--max_steps", "4", "--tokenizer_learning_rate", "0.01"]
+    for kind in ("eval", "save"):
+        often += [f"--{kind}_strategy", "steps", f"--{kind}_steps", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_jointly(path, small, whole, *often)
+    shutil.copytree(whole, killed)
+    for part in ("final/checkpoint-4", "recommender"):
+        shutil.rmtree(killed / part)
+    run_jointly(path, small, killed, *often, "--resume_from_checkpoint", "latest")
+    assert (killed / "final" / "checkpoint-4").is_dir()
+    expected = Recommender.from_pretrained(whole / "recommender")
+    found = Recommender.from_pretrained(killed / "recommender")
+    assert np.array_equal(found.semantic_ids.codes, expected.semantic_ids.codes)
+    assert not np.array_equal(
+        expected.semantic_ids.codes, load_file(whole / "item_codes" / "semantic_ids.safetensors")["codes"]
+    )
+    for (name, tensor), other in zip(
+        expected.model.state_dict().items(), found.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, other), name
 
 
 @pytest.mark.parametrize("method", ["rq_kmeans", "letter", "simcit"])
