@@ -303,7 +303,10 @@ def _let_go(trainer: JointTrainer) -> None:
 
 
 def _described(trainer: JointTrainer, arguments: JointArguments) -> dict[str, Any]:
-    described: dict[str, Any] = {"joint_epochs": round(float(trainer.state.epoch or 0), 2)}
+    described: dict[str, Any] = {
+        "joint_epochs": round(float(trainer.state.epoch or 0), 2),
+        "joint_learning_rate": trainer.args.learning_rate,
+    }
     if arguments.train_tokenizer:
         described |= {"sia_weight": arguments.sia_weight, "psa_weight": arguments.psa_weight}
         described |= {"cycle": arguments.cycle} if arguments.alternate else {"alternate": False}
