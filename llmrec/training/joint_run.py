@@ -84,7 +84,7 @@ def train_jointly(
     check_settings(arguments, training, model_arguments)
     state: PartialState = PartialState()
     push = take_push(arguments, training, model_arguments)
-    settings = _embedding_settings(arguments)
+    settings, model_name = _embedding_settings(arguments), model_arguments.model_name_or_path
     with state.main_process_first(), loaded_whole():
         splits = prepare_data(arguments)
         fitted = prepare_item_codes(arguments, splits.dataset, item_codes_folder(training))
@@ -105,7 +105,7 @@ def train_jointly(
         write_joint_report(
             output_folder / REPORT_FILE,
             trainer.records,
-            title=f"Joint training of {type(item_tokenizer.tokenizer).__name__} and {recommender.config.base_model}",
+            title=f"Joint training of {type(item_tokenizer.tokenizer).__name__} and {model_name}",
             best_epoch=None if best is None else best["epoch"],
         )
     codes = ItemCodes(recommender.semantic_ids, item_tokenizer.tokenizer, fitted.source)
