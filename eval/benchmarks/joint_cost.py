@@ -7,7 +7,7 @@ On Amazon Beauty, with the settings of recipes/beauty/etegrec_*.yaml: the paper'
 256-512-256-128 of three levels of 256 codes on vectors of width 256 (random ones: what they hold costs nothing), and a
 counter level. The first half of a cycle, states of sequences, an epoch of the item tokenizer and the encoding of all
 12,101 items, is run whole, with the alignments on. Of the recommender's epoch a number of steps is timed, with the
-alignments on too, and their median taken for every step.
+alignments on too: seconds a token of these times the tokens of the epoch.
 
 The reference is the way of the released code: the frozen recommender reads every training sequence in an epoch of the
 item tokenizer. Its cost is computed from the time that reading took a sequence here.
@@ -17,7 +17,6 @@ The codes that are put in place must be those that the item tokenizer gives when
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -116,10 +115,18 @@ def measure(name: str, splits: DatasetSplits, *, steps: int) -> tuple[dict[str, 
         assert trainer.plan is not None
         found = trainer.item_tokenizer.tokenizer.quantize(trainer.item_tokenizer.embeddings)
         same = np.array_equal(found.semantic_ids.codes, trainer.recommender.semantic_ids.codes[:, :3])
-        step = statistics.median(times.seconds[WARM_UP_STEPS:])
-        epoch = step * trainer.plan.num_steps
-        samples = trainer.plan.samples
-        tokens = int(samples.lengths().sum())
+        plan = trainer.plan
+        lengths, rows = plan.samples.lengths(0), plan.rows(0)
+        timed_tokens = [
+            sum(
+                int(lengths[row].sum())
+                for row in rows[number * plan.rows_per_step : (number + 1) * plan.rows_per_step]
+            )
+            for number in range(len(times.seconds))
+        ][WARM_UP_STEPS:]
+        per_token = sum(times.seconds[WARM_UP_STEPS:]) / sum(timed_tokens)
+        epoch = per_token * int(lengths.sum())
+        tokens = int(lengths.sum())
     record = trainer.records[0]
     cost = record["tokenizer_seconds"] + record["encoding_seconds"]
     tokens_read = int(trainer.tokens_read)
@@ -135,8 +142,9 @@ def measure(name: str, splits: DatasetSplits, *, steps: int) -> tuple[dict[str, 
         "seconds_tokenizer": record["tokenizer_seconds"] - reading[0],
         "seconds_encoding": record["encoding_seconds"],
         "seconds_recommender_epoch": epoch,
-        "seconds_step": step,
-        "quartiles_step": statistics.quantiles(times.seconds[WARM_UP_STEPS:], n=4)[::2],
+        "milliseconds_token": [
+            1000 * seconds / count for seconds, count in zip(times.seconds[WARM_UP_STEPS:], timed_tokens, strict=True)
+        ],
         "tokens_read": tokens_read,
         "tokens_of_an_epoch": tokens,
     }
