@@ -23,6 +23,8 @@ def _is_joint(path):
 
 def _read_recipe(path):
     arguments, training, model_arguments = (joint_run if _is_joint(path) else finetune).parse(["--config", str(path)])
+    if model_arguments.load_in_4bit or model_arguments.load_in_8bit:
+        pytest.importorskip("bitsandbytes")
     check_settings(arguments, training, model_arguments)
     codes = ROOT / arguments.item_tokenizer
     if codes.suffix == ".yaml":  # the run fits it, so it must be for the same data
