@@ -27,7 +27,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULTS = [
-    *("--config", str(HERE / "synthetic" / "etegrec_t5.yaml")),
+    *("--config", str(HERE / "synthetic" / "etegrec_tiny_llama.yaml")),
     *("--item_tokenizer", str(HERE.parent / "tokenizers" / "synthetic" / "etegrec_rq_vae.yaml")),
 ]
 
