@@ -33,6 +33,7 @@ from llmrec.data.splits import DatasetSplits, leave_one_out
 from llmrec.embeddings.base import ItemEmbeddings
 from llmrec.item_tokenizers.rq_vae import RQVAEConfig, RQVAETokenizer
 from llmrec.processes import Processes
+from llmrec.tasks.batch_plan import BatchPlan
 from llmrec.tiny_model import ETEGREC, build
 from llmrec.training.finetune import untrained_recommender
 from llmrec.training.joint import JointTrainer
@@ -97,6 +98,13 @@ def trainer_of(recipe: str, splits: DatasetSplits, folder: Path, *, steps: int) 
     return trainer, times
 
 
+def tokens_of_step(plan: BatchPlan, number: int) -> int:
+    """Real tokens of a step, counted from 0 over all epochs."""
+    epoch, step = divmod(number, plan.num_steps)
+    rows = plan.rows(epoch)[step * plan.rows_per_step : (step + 1) * plan.rows_per_step]
+    return sum(int(plan.samples.lengths(epoch)[row].sum()) for row in rows)
+
+
 def measure(name: str, splits: DatasetSplits, *, steps: int) -> tuple[dict[str, Any], bool]:
     """A row of the table, and whether the codes are the item tokenizer's own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -116,14 +124,8 @@ def measure(name: str, splits: DatasetSplits, *, steps: int) -> tuple[dict[str, 
         found = trainer.item_tokenizer.tokenizer.quantize(trainer.item_tokenizer.embeddings)
         same = np.array_equal(found.semantic_ids.codes, trainer.recommender.semantic_ids.codes[:, :3])
         plan = trainer.plan
-        lengths, rows = plan.samples.lengths(0), plan.rows(0)
-        timed_tokens = [
-            sum(
-                int(lengths[row].sum())
-                for row in rows[number * plan.rows_per_step : (number + 1) * plan.rows_per_step]
-            )
-            for number in range(len(times.seconds))
-        ][WARM_UP_STEPS:]
+        lengths = plan.samples.lengths(0)
+        timed_tokens = [tokens_of_step(plan, number) for number in range(len(times.seconds))][WARM_UP_STEPS:]
         per_token = sum(times.seconds[WARM_UP_STEPS:]) / sum(timed_tokens)
         epoch = per_token * int(lengths.sum())
         tokens = int(lengths.sum())
