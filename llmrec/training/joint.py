@@ -47,7 +47,6 @@ from llmrec.errors import SettingsError
 from llmrec.files import check_format, read_json, write_json
 from llmrec.generation.trie import ItemTrie
 from llmrec.item_tokenizers.base import QuantizedItems
-from llmrec.item_tokenizers.diagnostics import monitored_figures
 from llmrec.item_tokenizers.fit_loop import load_optimizer_tensors, optimizer_tensors
 from llmrec.item_tokenizers.semantic_ids import SemanticIds
 from llmrec.recommender import Recommender
@@ -58,9 +57,10 @@ from llmrec.training.alignment import Projections, first_of_each
 from llmrec.training.config import RecFinetuneConfig
 from llmrec.training.item_states import CoveringSamples, ItemStates, StateTables
 from llmrec.training.joint_schedule import JointSchedule
+from llmrec.training.running_sums import RunningSums
 from llmrec.training.sequence_states import SequenceStates, WatchedForward, watch_states
 from llmrec.training.short_rows import short_rows
-from llmrec.training.tokenizer_training import JointTokenizer
+from llmrec.training.tokenizer_training import JointTokenizer, encoding_figures
 from llmrec.training.trainer import RankingTrainer
 from llmrec.vocabulary import find_code_head, head_mode
 
@@ -71,6 +71,7 @@ JOINT_FOLDER = "joint"
 STATE_NAME = "joint_state.json"
 TENSORS_NAME = "joint_state.safetensors"
 CODES_NAME = "semantic_ids.safetensors"
+MEASURED = ("loss", "sia", "psa")  # of each forward of the recommender
 
 
 class JointTrainer(RankingTrainer):
@@ -135,8 +136,7 @@ class JointTrainer(RankingTrainer):
         self._watched: WatchedForward | None = None
         self._mask: Tensor | None = None
         self._aligns = False
-        self._sums: dict[str, float] = {}
-        self._pending: list[tuple[str, Tensor]] = []
+        self._sums = RunningSums(MEASURED)
         self._since = time.monotonic()
         self.tokens_read = 0
         super().__init__(
@@ -195,14 +195,14 @@ class JointTrainer(RankingTrainer):
         self.records[-1]["aligned"] = self._aligns
         self._since = time.monotonic()
         super()._run_epoch(*args, **kwargs)
-        self._flush_sums()
+        self._write_means()
         if self.on_cycle is not None and self.is_world_process_zero():
             self.on_cycle(self.records)
 
     def _begin_cycle(self, cycle: int) -> None:
         record: dict[str, Any] = {"cycle": cycle}
         self.records.append(record)
-        self._sums = {}
+        self._sums = RunningSums(MEASURED)
         if self.schedule.alternate:
             start = time.monotonic()
             aligns = self.schedule.aligns_tokenizer(cycle)
@@ -228,16 +228,8 @@ class JointTrainer(RankingTrainer):
         quantized = self.item_tokenizer.quantize()
         before, after = self.recommender.semantic_ids.codes, self.make_unique(quantized)
         self._set_codes(after)
-        figures = monitored_figures(quantized.semantic_ids.codes, quantized.semantic_ids.codebook_sizes)
-        sizes = quantized.semantic_ids.codebook_sizes
-        levels = quantized.semantic_ids.codes.T
-        measured: dict[str, Any] = {
-            "share_changed": float((before != after.codes).any(axis=1).mean()),
-            "collision_rate": float(figures["collision_rate"]),
-            "largest_group": int(quantized.semantic_ids.group_sizes().max()),
-            "utilisation": [len(np.unique(of)) / size for of, size in zip(levels, sizes, strict=True)],
-            "encoding_seconds": round(time.monotonic() - start, 3),
-        }
+        measured = encoding_figures(quantized, before, after.codes)
+        measured["encoding_seconds"] = round(time.monotonic() - start, 3)
         if record is not None:
             record |= measured
         self._log(
@@ -347,7 +339,7 @@ class JointTrainer(RankingTrainer):
         loss = super()._batch_loss(outputs, labels, num_items_in_batch)
         if not self.schedule.train_tokenizer:
             return loss
-        self._count("loss", loss.detach())
+        self._sums.add("loss", loss)
         if self.schedule.alternate and not self._aligns:
             return loss
         if not self._aligns:
@@ -381,8 +373,8 @@ class JointTrainer(RankingTrainer):
         )
         rows = items[first].cpu().numpy()
         sia, psa = self.item_tokenizer.alignment_losses(rows, summaries, preferences, frozen=self.schedule.alternate)
-        self._count("sia", sia.detach())
-        self._count("psa", psa.detach())
+        self._sums.add("sia", sia)
+        self._sums.add("psa", psa)
         weights = self.item_tokenizer.alignment
         aligned = weights.sia_weight * sia + weights.psa_weight * psa
         return aligned if self.schedule.alternate else aligned + self._quantization(rows)
@@ -421,26 +413,11 @@ class JointTrainer(RankingTrainer):
 
     # What is measured
 
-    def _count(self, name: str, value: Tensor) -> None:
-        """Adds to the sums of the cycle; they are read when they are wanted, not in each step."""
-        self._pending.append((name, value))
-        if len(self._pending) >= 256:
-            self._flush_pending()
-
-    def _flush_pending(self) -> None:
-        for name in ("loss", "sia", "psa"):
-            values = [value.double() for of, value in self._pending if of == name]
-            if values:
-                self._sums[name] = self._sums.get(name, 0.0) + float(torch.stack(values).sum())
-                self._sums[f"{name}_count"] = self._sums.get(f"{name}_count", 0.0) + len(values)
-        self._pending = []
-
-    def _flush_sums(self) -> None:
+    def _write_means(self) -> None:
         """Writes the means of the cycle's epochs of the recommender so far into its record. All processes call it."""
-        self._flush_pending()
         record = self.records[-1]
-        for name, total in self._sums_of_all().items():
-            count = self._sums.get(f"{name}_count", 0.0)
+        for name, total in self._sums.totals(self.processes).items():
+            count = self._sums.count(name)
             if count:
                 # the loss of a forward is a part of its step's mean; the alignments are means of their own
                 steps = count / self.args.gradient_accumulation_steps if name == "loss" else count
@@ -450,12 +427,6 @@ class JointTrainer(RankingTrainer):
             record.get("recommender_seconds", 0.0) + time.monotonic() - self._since, 3
         )
         self._since = time.monotonic()
-
-    def _sums_of_all(self) -> dict[str, float]:
-        """The cycle's sums over all processes, by name. All of them call it."""
-        names = ("loss", "sia", "psa")
-        sums = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        return dict(zip(names, self.processes.sum(sums.to(self.processes.device)).tolist(), strict=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`RankingTrainer`'s; the record of the cycle gets its figures."""
@@ -471,8 +442,8 @@ class JointTrainer(RankingTrainer):
     def _write_checkpoint(self, model: nn.Module, trial: Any, checkpoint: Path, partial: Path) -> None:
         super()._write_checkpoint(model, trial, checkpoint, partial)
         if self.records:
-            self._flush_sums()  # at the end of a cycle nobody does it after a run is resumed from here
-        sums = {**self._sums, **self._sums_of_all()}
+            self._write_means()  # at the end of a cycle nobody does it after a run is resumed from here
+        sums = self._sums.state(self.processes)
         if not self.args.should_save:
             return
         folder = partial / checkpoint.name / JOINT_FOLDER
@@ -516,9 +487,8 @@ class JointTrainer(RankingTrainer):
         self.item_tokenizer.steps_done = int(content["tokenizer_steps"])
         self.projections.load_state_dict(part("projections."))
         load_optimizer_tensors(self._projections_optimizer, part("projections_optimizer."))
-        self.records, self._sums = list(content["records"]), dict(content["sums"])
-        if not self.processes.is_main:  # they are those of all processes: one goes on from them
-            self._sums |= dict.fromkeys(("loss", "sia", "psa"), 0.0)
+        self.records = list(content["records"])
+        self._sums.load_state(content["sums"], self.processes)
         item_ids = self.recommender.semantic_ids.item_ids
         self._set_codes(SemanticIds.load(folder / CODES_NAME, item_ids=item_ids))
         if not self.schedule.alternate and self.schedule.train_tokenizer:

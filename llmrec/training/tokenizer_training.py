@@ -296,3 +296,26 @@ class JointTokenizer:
             raise DataError(f"the checkpoint is of another item tokenizer: {error}") from error
         moments = {name[10:]: tensor for name, tensor in tensors.items() if name[:10] == "optimizer."}
         load_optimizer_tensors(self.optimizer, moments)
+
+
+def encoding_figures(quantized: QuantizedItems, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """What an encoding of all items did, JSON values by name.
+
+    Args:
+        quantized: The codes before any uniqueness policy.
+        before: Codes that the items had, int [N, L].
+        after: Codes that they have now, int [N, L].
+
+    Returns:
+        "share_changed" of the items with other codes than before; of the codes before the policy "collision_rate",
+        "largest_group" (items) and "utilisation", the share of its codes that each level uses.
+    """
+    codes = quantized.semantic_ids
+    return {
+        "share_changed": float((before != after).any(axis=1).mean()),
+        "collision_rate": codes.collision_rate,
+        "largest_group": int(codes.group_sizes().max()),
+        "utilisation": [
+            len(np.unique(of_level)) / size for of_level, size in zip(codes.codes.T, codes.codebook_sizes, strict=True)
+        ],
+    }

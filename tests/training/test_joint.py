@@ -432,7 +432,7 @@ def test_an_aligned_step_equals_one_by_hand(factories, tmp_path, model):
     expected = np.mean(losses) + 0.5 * sia + 0.3 * psa
     assert loss_of(trainer, batch).item() == pytest.approx(expected, rel=1e-4)
     assert loss_of(trainer, batch, aligns=False).item() == pytest.approx(np.mean(losses), rel=1e-4)
-    counted = {name: value.item() for name, value in trainer._pending if name != "loss"}
+    counted = {name: value.item() for name, value in trainer._sums.pending if name != "loss"}
     assert counted == pytest.approx({"sia": sia, "psa": psa}, rel=1e-4)
 
 
